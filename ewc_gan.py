@@ -1,0 +1,999 @@
+"""Few-shot image generation with Elastic Weight Consolidation (EWC), in one file.
+
+    python ewc_gan.py --target data/10shot                      # adapt the shipped source to ten images
+    python ewc_gan.py --target DIR --source CKPT --out DIR      # your images, your source
+    python ewc_gan.py --checkpoint out/10shot/adapted.pt --generate 500 --out DIR
+
+The method is that of Li, Zhang, Lu and Shechtman, "Few-shot Image Generation with Elastic Weight
+Consolidation" (NeurIPS 2020, arXiv 2012.02780).  A GAN learns a large source domain.  The Fisher
+information says how much each weight of its generator G matters, with the discriminator D frozen
+as the judge.  Then G is trained on about ten target images, and weights that matter are held back:
+
+    L_adapt = L_adv + lambda * sum_i F_i (theta_i - theta_S,i)^2
+
+so that the images take the look of the target and keep the variety of the source.
+
+What differs from the paper: networks of a million weights at 64 pixels where the paper uses a
+StyleGAN at 256; a drawn source domain; no noise inputs in G.  The sections follow the paper:
+images, networks, losses, source model, importance of weights, adaptation; then pictures and files.
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import pickle
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch import nn
+from torch.nn import functional as nnF      # F is the Fisher information, as in the paper
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can mend: main() prints its one line and exits with code 2."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings: every hyperparameter of both trainings, in one place
+# --------------------------------------------------------------------------------------------------
+@dataclass
+class Settings:
+    """What both trainings share; the defaults are those of the adaptation to ten images."""
+    steps: int = 600             # long enough to take the look on; longer, and the shots are copied
+    batch_size: int = 4          # ten shots hold no more than this many different gradients
+    lr: float = 5e-4             # of Adam, for G and D alike
+    beta1: float = 0.5           # DCGAN's value: less momentum, for the target moves (Radford 2016)
+    beta2: float = 0.99
+    r1_gamma: float = 1.0        # weight of the R1 penalty on D
+    r1_every: int = 16           # R1 is costly and changes slowly: every 16th step, 16 times as much
+    ema: float = 0.99            # decay of G's moving average: a horizon of 100 steps
+    flip: bool = True            # mirrored images are images of the same domain
+    lam: float = 300.0           # lambda, the strength of EWC; 0 is plain fine-tuning
+    fisher_samples: int = 256    # N of the Fisher estimate
+    seed: int = 0
+
+
+# Pretraining sees thousands of images: larger batches, a long average, no penalty.
+SOURCE_SETTINGS = {
+    "dcgan": dict(steps=30000, batch_size=16, lr=5e-4, beta1=0.5, r1_gamma=0.3, ema=0.999, lam=0.0),
+    "stylegan": dict(steps=30000, batch_size=16, lr=2e-3, beta1=0.0, r1_gamma=0.3, ema=0.999,
+                     lam=0.0),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+# --------------------------------------------------------------------------------------------------
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def read_image(path, resolution):
+    """One image file as uint8 [R, R, 3]: upright, on white, centre-cropped to a square, resized."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)        # phones store "turn me" beside the pixels
+            if image.mode.startswith("I"):               # 16-bit grey: convert() would clip, not scale
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not an image that can be read ({error}); mend or remove it")
+    if min(image.size) < 8:
+        raise UserError(f"{path}: {image.width}x{image.height} pixels; at least 8x8 are needed")
+    return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
+
+
+def read_folder(folder, resolution, limit=None):
+    """Every image below a folder, in the order of their names, as uint8 [N, 3, R, R]."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)[:limit]
+    if not paths:
+        raise UserError(f"{folder}: no images ({' '.join(sorted(IMAGE_SUFFIXES))}) in it or below it")
+    pixels = np.stack([read_image(path, resolution) for path in paths])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def to_float(pixels):
+    """uint8 0..255 to float -1..1."""
+    return pixels.float() / 127.5 - 1
+
+
+def load_images(folder, resolution):
+    """Load every image below a folder: float [N, 3, R, R] in [-1, 1], in the order of their names.
+
+    Any size and mode (RGBA on white, greyscale, palette, 16-bit, CMYK), nested folders, turned by
+    EXIF.  Raises UserError where the folder is missing or empty, or a file cannot be read.
+    """
+    return to_float(read_folder(folder, resolution))
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks.  Two families, each about a million weights a network at 64x64.  In both, once a source
+# is loaded, G(z) depends on its z alone, and in eval mode D(x) on its x alone: the Fisher
+# information is a mean over single samples, and must not change with what else is in the batch.
+# --------------------------------------------------------------------------------------------------
+G_WIDTHS = {"dcgan": [192, 128, 96, 64, 32, 16], "stylegan": [128, 128, 96, 48, 24, 12, 8]}
+D_WIDTHS = [256, 128, 64, 32, 16, 8]
+
+
+def widths(arch, resolution):
+    """Channels of G at 4, 8, 16, ... pixels, and of D from half the resolution down to 4."""
+    stages = int(math.log2(resolution)) - 2                        # 64 pixels: 4, 8, 16, 32
+    return G_WIDTHS[arch][:stages + (arch == "stylegan")], D_WIDTHS[:stages][::-1]
+
+
+class DCGANGenerator(nn.Module):
+    """z [N, z_dim] -> image [N, 3, R, R] in (-1, 1): the five-layer DCGAN (Radford et al. 2016).
+
+    BatchNorm lives on batch statistics while the source is pretrained.  From then on it is kept in
+    eval mode, where it is a fixed scale and shift of each channel.
+    """
+    def __init__(self, z_dim, channels):
+        super().__init__()
+        layers = [nn.ConvTranspose2d(z_dim, channels[0], 4, bias=False)]                # 1 -> 4
+        for c_in, c_out in zip(channels, channels[1:]):
+            layers += [nn.BatchNorm2d(c_in), nn.ReLU(),
+                       nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)]            # doubles
+        layers += [nn.BatchNorm2d(channels[-1]), nn.ReLU(),
+                   nn.ConvTranspose2d(channels[-1], 3, 4, 2, 1), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
+        for module in self.modules():
+            if isinstance(module, nn.ConvTranspose2d):
+                nn.init.normal_(module.weight, 0, 0.02)
+
+    def forward(self, z):
+        return self.layers(z[:, :, None, None])
+
+
+class DCGANDiscriminator(nn.Module):
+    """image [N, 3, R, R] -> logit [N].  No BatchNorm: D must judge each image by itself."""
+    def __init__(self, channels):
+        super().__init__()
+        layers = []
+        for c_in, c_out in zip([3] + channels, channels):
+            layers += [nn.Conv2d(c_in, c_out, 4, 2, 1), nn.LeakyReLU(0.2)]              # halves
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4))             # 4 -> 1
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, 0.2)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        return self.layers(x).flatten()
+
+
+class EqualizedLinear(nn.Module):
+    """Linear layer with equalised learning rate (Karras et al. 2018): weights are stored as N(0, 1)
+    and scaled as they are used, so that Adam's steps are alike in every layer.  EWC acts on the
+    stored weights: F and theta are those of `weight`, not of `weight * scale`."""
+    def __init__(self, d_in, d_out, bias=0.0, gain=1.0, lr_multiplier=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_out, d_in) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((d_out,), bias / lr_multiplier))
+        self.scale, self.lr_multiplier = gain * lr_multiplier / math.sqrt(d_in), lr_multiplier
+
+    def forward(self, x):
+        return nnF.linear(x, self.weight * self.scale, self.bias * self.lr_multiplier)
+
+
+class EqualizedConv(nn.Module):
+    """Convolution with equalised learning rate; He's gain, for a leaky ReLU follows."""
+    def __init__(self, c_in, c_out, size, stride=1, padding=0, gain=math.sqrt(2)):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, size, size))
+        self.bias = nn.Parameter(torch.zeros(c_out))
+        self.scale, self.stride, self.padding = gain / math.sqrt(c_in * size**2), stride, padding
+
+    def forward(self, x):
+        return nnF.conv2d(x, self.weight * self.scale, self.bias, self.stride, self.padding)
+
+
+class ModulatedConv(nn.Module):
+    """Convolution whose input channels are scaled by a style s(w) (Karras et al. 2020).
+
+    Demodulation divides each output channel by the norm that its weights have after the scaling.
+    Both are done on the activations, which is equal to doing it on a weight per image, and cheaper.
+    """
+    def __init__(self, c_in, c_out, size, w_dim, demodulate=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, size, size))
+        self.bias = nn.Parameter(torch.zeros(c_out))
+        self.style = EqualizedLinear(w_dim, c_in, bias=1.0)
+        self.scale, self.padding = 1 / math.sqrt(c_in * size**2), size // 2
+        self.demodulate = demodulate
+
+    def forward(self, x, w):
+        s, weight = self.style(w), self.weight * self.scale                     # [N, I], [O, I, k, k]
+        x = nnF.conv2d(x * s[:, :, None, None], weight, padding=self.padding)   # [N, O, H, W]
+        if self.demodulate:
+            norm = (s.square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()  # [N, O]
+            x = x * (math.sqrt(2) * norm)[:, :, None, None].to(x.dtype)
+        return x + self.bias[:, None, None].to(x.dtype)
+
+
+def upsample(x):
+    return nnF.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class StyleGANGenerator(nn.Module):
+    """z [N, z_dim] -> image [N, 3, R, R], about -1..1: StyleGAN-lite (after Karras et al. 2020).
+
+    Mapping network, learned constant, modulated 3x3 convolutions, sum of RGB skips.  No noise
+    inputs: the same z must give the same image before and after the adaptation.
+    """
+    def __init__(self, z_dim, channels, mapping_layers=4):
+        super().__init__()
+        self.mapping = nn.ModuleList(
+            EqualizedLinear(z_dim, z_dim, gain=math.sqrt(2), lr_multiplier=0.01)
+            for _ in range(mapping_layers))
+        self.constant = nn.Parameter(torch.randn(1, channels[0], 4, 4))
+        pairs = list(zip(channels, channels[1:]))
+        self.first = ModulatedConv(channels[0], channels[0], 3, z_dim)
+        self.before = nn.ModuleList(ModulatedConv(i, o, 3, z_dim) for i, o in pairs)
+        self.after = nn.ModuleList(ModulatedConv(o, o, 3, z_dim) for _, o in pairs)
+        self.to_rgb = nn.ModuleList(ModulatedConv(c, 3, 1, z_dim, False) for c in channels)
+
+    def forward(self, z):
+        w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()           # [N, z_dim], on a sphere
+        for layer in self.mapping:
+            w = nnF.leaky_relu(layer(w), 0.2)
+        x = self.constant.expand(len(z), -1, -1, -1)                        # [N, C, 4, 4]
+        x = nnF.leaky_relu(self.first(x, w), 0.2)
+        image = self.to_rgb[0](x, w)
+        for before, after, to_rgb in zip(self.before, self.after, self.to_rgb[1:]):
+            x = nnF.leaky_relu(upsample(before(x, w)), 0.2)                 # [N, C', 2H, 2W]
+            x = nnF.leaky_relu(after(x, w), 0.2)
+            image = upsample(image) + to_rgb(x, w)
+        return image
+
+
+class MinibatchStd(nn.Module):
+    """Append one channel: the mean standard deviation inside groups of images, which tells D that a
+    batch lacks variety (Karras et al. 2018).  In eval mode its running mean stands in, as in
+    BatchNorm, so that D judges one image by itself when the Fisher information is measured."""
+    def __init__(self, group=4):
+        super().__init__()
+        self.group = group
+        self.register_buffer("running_std", torch.zeros(()))
+
+    def forward(self, x):
+        n, _, height, width = x.shape
+        if not self.training:
+            return torch.cat([x, self.running_std.to(x.dtype).expand(n, 1, height, width)], 1)
+        group = math.gcd(n, self.group)
+        variance = x.float().unflatten(0, (group, -1)).var(0, unbiased=False)    # [N/g, C, H, W]
+        std = (variance + 1e-8).sqrt().mean((1, 2, 3))                          # [N/g]
+        with torch.no_grad():
+            self.running_std.lerp_(std.mean(), 0.01)
+        std = std.repeat(group)[:, None, None, None].to(x.dtype)
+        return torch.cat([x, std.expand(n, 1, height, width)], 1)
+
+
+class ResidualBlock(nn.Module):
+    """Halve the resolution: a strided convolution beside an averaged skip, scaled to variance 1."""
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.main = EqualizedConv(c_in, c_out, 4, 2, 1)
+        self.skip = EqualizedConv(c_in, c_out, 1, gain=1.0)
+
+    def forward(self, x):
+        main = nnF.leaky_relu(self.main(x), 0.2)
+        return (main + self.skip(nnF.avg_pool2d(x, 2))) * math.sqrt(0.5)
+
+
+class StyleGANDiscriminator(nn.Module):
+    """image [N, 3, R, R] -> logit [N]: residual, with minibatch standard deviation."""
+    def __init__(self, channels):
+        super().__init__()
+        c = channels
+        self.stem = EqualizedConv(3, c[0], 4, 2, 1)                                     # R -> R/2
+        self.blocks = nn.Sequential(*(ResidualBlock(i, o) for i, o in zip(c, c[1:])))   # R/2 -> 4
+        self.minibatch_std = MinibatchStd()
+        self.last = EqualizedConv(c[-1] + 1, 64, 3, padding=1)
+        self.hidden = EqualizedLinear(64 * 16, 128, gain=math.sqrt(2))
+        self.out = EqualizedLinear(128, 1)
+
+    def forward(self, x):
+        x = self.blocks(nnF.leaky_relu(self.stem(x), 0.2))
+        x = nnF.leaky_relu(self.last(self.minibatch_std(x)), 0.2)
+        return self.out(nnF.leaky_relu(self.hidden(x.flatten(1)), 0.2)).flatten()
+
+
+FAMILIES = {"dcgan": (DCGANGenerator, DCGANDiscriminator, 64),
+            "stylegan": (StyleGANGenerator, StyleGANDiscriminator, 128)}     # G, D, z_dim
+
+
+@dataclass
+class Model:
+    """A GAN: its generator G, discriminator D, moving average G_ema, and what builds them again."""
+    arch: str
+    resolution: int
+    z_dim: int
+    g_channels: list
+    d_channels: list
+    G: nn.Module
+    G_ema: nn.Module
+    D: nn.Module
+
+
+def build_model(arch, resolution, device="cpu", z_dim=None, g_channels=None, d_channels=None):
+    """A fresh model.  arch: 'dcgan' or 'stylegan'; resolution: 32, 64, 128 or 256."""
+    make_G, make_D, default_z_dim = FAMILIES[arch]
+    z_dim = z_dim or default_z_dim
+    g_default, d_default = widths(arch, resolution)
+    g_channels, d_channels = g_channels or g_default, d_channels or d_default
+    G, D = make_G(z_dim, g_channels), make_D(d_channels)
+    # channels-last: the memory order in which convolutions of this size are fastest
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
+    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    return Model(arch, resolution, z_dim, g_channels, d_channels, G, G_ema, D)
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses: the non-saturating logistic GAN (Goodfellow et al. 2014) with R1 (Mescheder et al. 2018).
+# D gives logits, so D's probability that x is real is sigmoid(D(x)), and log sigmoid = -softplus(-).
+# --------------------------------------------------------------------------------------------------
+def d_logistic_loss(real_logits, fake_logits):
+    """L_D = -E[log D(x)] - E[log(1 - D(G(z)))].  Logits [N] and [M] -> scalar."""
+    return nnF.softplus(-real_logits).mean() + nnF.softplus(fake_logits).mean()
+
+
+def g_nonsaturating_loss(fake_logits):
+    """L_adv of G = -E[log D(G(z))].  Logits [N] -> scalar."""
+    return nnF.softplus(-fake_logits).mean()
+
+
+def d_r1_loss(D, real):
+    """R1 = E[ |grad_x D(x)|^2 ] on real images x [N, 3, R, R] -> scalar, differentiable in D.
+
+    Its weight in L_D is gamma / 2.  It keeps D smooth around the real images.
+    """
+    real = real.detach().requires_grad_(True)
+    gradient, = torch.autograd.grad(D(real).sum(), real, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean()
+
+
+# --------------------------------------------------------------------------------------------------
+# One training step, the same for the source model and for its adaptation
+# --------------------------------------------------------------------------------------------------
+def autocast(device, amp):
+    """Automatic mixed precision: networks in bf16 or fp16, everything else left in float32."""
+    dtype = {"off": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return torch.autocast(torch.device(device).type, dtype, enabled=amp != "off")
+
+
+class Trainer:
+    """Model, optimisers and random numbers of one training; all of it goes into a checkpoint."""
+
+    def __init__(self, model, settings, device, amp):
+        self.model, self.settings, self.device, self.amp = model, settings, device, amp
+        options = dict(lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=device != "mps")
+        self.opt_G = torch.optim.Adam(model.G.parameters(), **options)
+        self.opt_D = torch.optim.Adam(model.D.parameters(), **options)
+        self.scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")   # fp16 alone underflows
+        self.random = torch.Generator().manual_seed(settings.seed)          # the same on any device
+        self.step = 0
+
+    def draw(self, images):
+        """A batch of real images float [B, 3, R, R] in [-1, 1], with replacement, and z [B, z_dim]."""
+        b = self.settings.batch_size
+        real = to_float(images[torch.randint(len(images), (b,), generator=self.random)])
+        if self.settings.flip:
+            mirror = torch.rand(b, generator=self.random) < 0.5
+            real = torch.where(mirror[:, None, None, None], real.flip(3), real)
+        z = torch.randn(b, self.model.z_dim, generator=self.random)
+        real = real.contiguous(memory_format=torch.channels_last)
+        return real.to(self.device, non_blocking=True), z.to(self.device, non_blocking=True)
+
+    def train_step(self, images, pull=None):
+        """One step of D, one of G.  pull: a function of G, added to its loss (the EWC penalty).
+
+        Returns a dict of scalar tensors, still on the device: to look at them costs a wait.
+        """
+        G, D, s = self.model.G, self.model.D, self.settings
+        real, z = self.draw(images)
+
+        D.requires_grad_(True)
+        with autocast(self.device, self.amp):
+            fake = G(z)
+            real_logits, fake_logits = D(real), D(fake.detach())
+        loss_D = d_logistic_loss(real_logits.float(), fake_logits.float())
+        total_D = loss_D
+        if self.step % s.r1_every == 0:                          # float32: its gradients are small
+            total_D = loss_D + s.r1_every * s.r1_gamma / 2 * d_r1_loss(D, real)
+        self.update(self.opt_D, total_D)
+
+        D.requires_grad_(False)                                  # G's step needs no gradients of D
+        with autocast(self.device, self.amp):
+            fake_logits = D(fake)
+        loss_G = g_nonsaturating_loss(fake_logits.float())
+        penalty = pull(G) if pull else torch.zeros_like(loss_G)
+        self.update(self.opt_G, loss_G + penalty)
+        self.scaler.update()
+        accumulate(self.model.G_ema, G, s.ema)
+        self.step += 1
+        return {"loss_D": loss_D.detach(), "loss_G": loss_G.detach(), "penalty": penalty.detach()}
+
+    def update(self, optimizer, loss):
+        optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+
+    def parts(self):
+        return {"G": self.model.G, "D": self.model.D, "G_ema": self.model.G_ema,
+                "opt_G": self.opt_G, "opt_D": self.opt_D, "scaler": self.scaler}
+
+    def state(self):
+        """All that the next step depends on."""
+        return {"step": self.step, "random": self.random.get_state(),
+                **{name: part.state_dict() for name, part in self.parts().items()}}
+
+    def resume(self, path):
+        """Go on from the state in a checkpoint, which is returned whole."""
+        checkpoint = read_checkpoint(path)
+        if "training" not in checkpoint:
+            raise UserError(f"{path}: holds a finished model, not a training that can be resumed")
+        state = checkpoint["training"]
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        self.random.set_state(state["random"])
+        self.step = state["step"]
+        return checkpoint
+
+
+@torch.no_grad()
+def accumulate(G_ema, G, decay):
+    """theta_ema <- decay * theta_ema + (1 - decay) * theta, for all weights in one call."""
+    torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - decay)
+
+
+# --------------------------------------------------------------------------------------------------
+# The source model
+# --------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def calibrate_batchnorm(G, z_dim, samples=4096, batch=256, seed=0):
+    """Measure anew the statistics of every BatchNorm in G, over many z, and freeze them.
+
+    The running statistics that training leaves belong to other weights: the averaged ones of G_ema
+    never saw a batch.  Without this step the samples of a DCGAN's G_ema are washed out.
+    """
+    norms = [m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
+    if norms:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None                                  # None: the plain mean of all batches
+        device = next(G.parameters()).device
+        random = torch.Generator().manual_seed(seed)
+        G.train()
+        for _ in range(samples // batch):
+            G(torch.randn(batch, z_dim, generator=random).to(device))
+    return G.eval()
+
+
+class Progress:
+    """One line that says step, losses, speed and time left: rewritten in a terminal, or, in a log
+    file, a line every ten seconds.  Reading a loss waits for the device, so it is done seldom."""
+
+    def __init__(self, first, last, label):
+        self.first, self.last, self.label = first, last, label
+        self.start = self.shown = time.monotonic()
+        self.terminal = sys.stdout.isatty()
+
+    def seconds_per_step(self, step):
+        return (time.monotonic() - self.start) / (step - self.first)
+
+    def show(self, step, losses):
+        now = time.monotonic()
+        if now - self.shown < (0.5 if self.terminal else 10) and step < self.last:
+            return
+        self.shown = now
+        per_step = self.seconds_per_step(step)
+        left = int(per_step * (self.last - step))
+        text = " ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
+        print(f"{self.label}: step {step}/{self.last}  {text}  {per_step * 1000:.0f} ms/step  "
+              f"{left // 60}:{left % 60:02d} left", flush=True,
+              end="\r" if self.terminal and step < self.last else "\n")
+
+
+def pretrain(images, model, settings, out, device="cpu", amp="off", resume=False, save_every=1000):
+    """Train a source model from scratch and save it.
+
+    images    uint8 [N, 3, R, R]
+    model     a fresh one of build_model(); trained in place
+    settings  Settings; SOURCE_SETTINGS has good ones for each family
+    out       the checkpoint to write: G_ema and D, all that an adaptation needs.  Beside it stand
+              OUT.png with samples, and OUT.train, from which resume=True goes on bit for bit.
+    """
+    out = Path(out)
+    trainer = Trainer(model, settings, device, amp)
+    state = out.with_name(out.name + ".train")
+    if resume:
+        trainer.resume(state)
+    model.G.train(), model.D.train()
+    progress = Progress(trainer.step, settings.steps, "pretrain")
+
+    def save():
+        calibrate_batchnorm(model.G_ema, model.z_dim)
+        save_checkpoint(state, model, trainer)
+        save_checkpoint(out, model, step=trainer.step, settings=asdict(settings))
+        image_grid(generate(model, 64)).save(out.with_suffix(".png"))
+
+    while trainer.step < settings.steps:
+        losses = trainer.train_step(images)
+        progress.show(trainer.step, losses)
+        if trainer.step % save_every == 0 or trainer.step == settings.steps:
+            save()
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# The importance of weights: diagonal Fisher information
+# --------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def frozen(*networks):
+    """Networks in eval mode, as they were afterwards: train/eval mode and requires_grad."""
+    modules = [m for net in networks for m in net.modules()]
+    modes = [m.training for m in modules]
+    for net in networks:
+        net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode
+
+
+def fisher_diagonal(G, D, z):
+    """How much each weight of G matters to the images it makes, with D frozen as the judge:
+
+        F_i = E_z[ (d log D(G(z)) / d theta_i)^2 ]
+
+    G  generator, z [1, ...] -> images;  D  discriminator, images -> logits, so log D is logsigmoid.
+    z  [N, ...], the samples over which the mean is taken; N >= 1, else ValueError.
+    Returns {name: float32 tensor like the parameter} for each trainable parameter of G.
+
+    The likelihood of a GAN has no closed form; log D(G(z)) stands in for it (the paper's importance
+    measure).  One sample at a time, because the mean of squares is wanted: the square of the mean
+    gradient of a batch is another, smaller thing.  float32 throughout: gradients of 1e-4 have
+    squares that half precision rounds to zero.  Neither network is changed in any way.
+    """
+    if len(z) == 0:
+        raise ValueError("fisher_diagonal needs at least one z")
+    parameters = {name: p for name, p in G.named_parameters() if p.requires_grad}
+    F = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    with frozen(G, D), torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+        for i in range(len(z)):
+            log_likelihood = nnF.logsigmoid(D(G(z[i:i + 1]))).sum()         # log D(G(z_i))
+            gradients = torch.autograd.grad(log_likelihood, list(parameters.values()),
+                                            allow_unused=True, materialize_grads=True)
+            for name, gradient in zip(F, gradients):
+                F[name] += gradient.float().square() / len(z)
+    return F
+
+
+# --------------------------------------------------------------------------------------------------
+# Adaptation to a few images
+# --------------------------------------------------------------------------------------------------
+def ewc_penalty(G, theta_S, F):
+    """sum_i F_i (theta_i - theta_S,i)^2, a scalar, differentiable in theta, the parameters of G.
+
+    theta_S  {name: tensor}, *copies* of the parameters that G started from (the parameters
+             themselves would move along, and the penalty would stay 0 for ever)
+    F        {name: tensor}, of fisher_diagonal
+    No factor 1/2: the paper has none.  Multiply by lambda.
+    """
+    theta = dict(G.named_parameters())
+    return sum((F[name] * (theta[name] - theta_S[name]).square()).sum() for name in F)
+
+
+def relative_change(theta, theta_S):
+    """|theta - theta_S| / |theta_S| over all weights, each norm taken over all of them at once."""
+    change = [(theta[name].detach() - theta_S[name]).square().sum() for name in theta_S]
+    return (sum(change) / sum(t.square().sum() for t in theta_S.values())).sqrt()
+
+
+@dataclass
+class Adaptation:
+    """What adapt() returns: the adapted model, and what the pictures are made of."""
+    model: Model
+    theta_S: dict         # {name: tensor}: the parameters of G that it started from
+    F: dict               # {name: tensor}: their Fisher information
+    log: list             # one dict for every tenth step: losses, penalty, ...
+
+
+def adapt(source, images, settings, out=None, device="cpu", amp="off", resume=False,
+          save_every=200):
+    """Adapt a source model to a few images with EWC; lam = 0 is plain fine-tuning.
+
+    source  Model, not changed.  theta_S is its G_ema: Fisher information, penalty and training all
+            start from the averaged weights, for they make the better pictures.
+    images  uint8 [N, 3, R, R], N >= 1: the shots
+    out     where to keep a checkpoint as training goes on; resume=True goes on from it bit for bit
+    Returns an Adaptation.
+    """
+    model = copy.deepcopy(source)
+    model.G = copy.deepcopy(source.G_ema).requires_grad_(True).eval()   # eval: BatchNorm stays fixed
+    model.D.requires_grad_(True).train()
+    z = torch.randn(settings.fisher_samples, model.z_dim,
+                    generator=torch.Generator().manual_seed(settings.seed)).to(device)
+    F = fisher_diagonal(model.G, model.D, z)
+    theta_S = {name: p.detach().clone() for name, p in model.G.named_parameters()}
+    lam = settings.lam
+    pull = (lambda G: lam * ewc_penalty(G, theta_S, F)) if lam else None
+
+    trainer, log = Trainer(model, settings, device, amp), []
+    if resume:
+        log = trainer.resume(out)["log"]
+    progress = Progress(trainer.step, settings.steps, "adapt")
+    while trainer.step < settings.steps:
+        losses = trainer.train_step(images, pull)
+        progress.show(trainer.step, losses)
+        if trainer.step % 10 == 0 or trainer.step == settings.steps:
+            row = {name: float(value) for name, value in losses.items()}
+            change = float(relative_change(dict(model.G.named_parameters()), theta_S))
+            log.append({"step": trainer.step, **row,
+                        "share": row["penalty"] / (row["loss_G"] + row["penalty"]),
+                        "change": change, "images_per_s": 
+                        settings.batch_size / progress.seconds_per_step(trainer.step)})
+        if out and (trainer.step % save_every == 0 or trainer.step == settings.steps):
+            save_checkpoint(out, model, trainer, log=log)
+    return Adaptation(model, theta_S, F, log)
+
+
+# --------------------------------------------------------------------------------------------------
+# Using a model, and keeping it
+# --------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def generate(model, n, seed=0, G=None):
+    """n images of G (the default is G_ema) as float [n, 3, R, R] in [-1, 1], on the CPU.
+
+    Image i of a seed is the same whatever n, and the same z serves a source and its adaptations.
+    """
+    G = G or model.G_ema
+    device = next(G.parameters()).device
+    random = torch.Generator().manual_seed(seed)
+    z = torch.cat([torch.randn(1, model.z_dim, generator=random) for _ in range(n)])
+    return torch.cat([G(b.to(device)).clamp(-1, 1).float().cpu() for b in z.split(100)])
+
+
+FORMAT = "ewc-gan 1"
+
+
+def save_checkpoint(path, model, trainer=None, **extra):
+    """Write a model (G_ema and D), with trainer= also all that is needed to go on training.
+
+    Tensors, numbers and strings alone.  Written under another name and renamed, so that a kill at
+    any moment leaves the old file or the new one.
+    """
+    checkpoint = {"format": FORMAT, "arch": model.arch, "resolution": model.resolution,
+                  "z_dim": model.z_dim, "g_channels": model.g_channels,
+                  "d_channels": model.d_channels, "G_ema": model.G_ema.state_dict(),
+                  "D": model.D.state_dict(), **extra}
+    if trainer:
+        checkpoint["training"] = trainer.state()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    torch.save(checkpoint, unfinished)
+    os.replace(unfinished, path)
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint file.  UserError where it is missing, damaged, or holds code."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a checkpoint of this program, or damaged "
+                        f"({str(error).splitlines()[0]})")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this program (format '{FORMAT}')")
+    return checkpoint
+
+
+def load_checkpoint(path, device="cpu"):
+    """The Model in a checkpoint, which says itself what it is: no flag is needed to load it."""
+    c = read_checkpoint(path)
+    try:
+        model = build_model(c["arch"], c["resolution"], device, c["z_dim"],
+                            c["g_channels"], c["d_channels"])
+        model.G_ema.load_state_dict(c["G_ema"])
+        model.G.load_state_dict(c["G_ema"])
+        model.D.load_state_dict(c["D"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]})")
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------
+def image_grid(images, columns, scale=1):
+    """float [N, 3, R, R] in [-1, 1] -> one PIL picture, row by row, a white line between images."""
+    n, _, height, width = images.shape
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    rows = math.ceil(n / columns)
+    height, width = height * scale, width * scale
+    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    for i, image in enumerate(pixels):
+        tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(tile, (i % columns * (width + 2), i // columns * (height + 2)))
+    return sheet
+
+
+FONT_SIZE = 13
+
+
+def canvas(width, height):
+    """A white picture, and a function that writes on it at (x, y)."""
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    return sheet, pen, lambda x, y, text, **k: pen.text((x, y), text, "black", font, **k)
+
+
+def samples_picture(shots, source, adapted, columns=8):
+    """The shots at the left; at the right, in pairs of rows, the same z before and after."""
+    scale = max(1, 96 // shots.shape[-1])
+    pairs = [image_grid(torch.cat([source[i:i + columns], adapted[i:i + columns]]), columns, scale)
+             for i in range(0, len(source), columns)]
+    left, step = image_grid(shots[:9 * len(pairs)], 4, scale), pairs[0].height + 12
+    x = left.width + 32
+    sheet, _, write = canvas(x + pairs[0].width + 8, 26 + step * len(pairs))
+    write(8, 5, f"{len(shots)} target images")
+    write(x, 5, "upper row: source;  lower row: adapted, from the same z")
+    sheet.paste(left, (8, 26))
+    for i, pair in enumerate(pairs):
+        sheet.paste(pair, (x, 26 + i * step))
+    return sheet
+
+
+CURVES = {"loss_D": "loss of D", "loss_G": "adversarial loss of G", "penalty": "lambda * penalty",
+          "share": "share of the penalty in G's loss", "change": "|theta - theta_S| / |theta_S|"}
+
+
+def curves_picture(log, width=420, height=150):
+    """Each column of the log against the step, from 0 to its largest value."""
+    sheet, pen, write = canvas(width * 2, (height + 20) * 3)
+    steps = [row["step"] for row in log]
+    for i, (name, title) in enumerate(CURVES.items()):
+        x, y = 10 + i % 2 * width, 24 + i // 2 * (height + 20)
+        values = [row[name] for row in log]
+        top = max(values) or 1.0
+        pen.rectangle([x, y, x + width - 30, y + height - 24], outline="#cccccc")
+        points = [(x + (width - 30) * step / steps[-1], y + (height - 24) * (1 - value / top))
+                  for step, value in zip(steps, values)]
+        pen.line(points if len(points) > 1 else points * 2, fill="#1f5fa8", width=2)
+        write(x, y - 17, title)
+        write(x + width - 30, y - 17, f"top {top:.3g}, last {values[-1]:.3g}", anchor="ra")
+    write(10 + width, (height + 20) * 2 + 60, f"steps 1 to {steps[-1]}")
+    return sheet
+
+
+def layers(theta, theta_S, F):
+    """Per layer of G: (name, mean Fisher information, weight change in %), in G's order.
+
+    The change is sum |theta - theta_S| / sum |theta_S| over a layer: a mean of single ratios would
+    be ruled by the weights that happen to lie near 0.  A layer is a module; the style of a
+    modulated convolution counts as part of it.
+    """
+    groups = {}
+    for name in F:
+        groups.setdefault(name.rpartition(".")[0].removesuffix(".style") or name, []).append(name)
+    rows = []
+    for layer, names in groups.items():
+        change = sum((theta[n] - theta_S[n]).abs().sum() for n in names)
+        size = sum(theta_S[n].abs().sum() for n in names)
+        fisher = sum(F[n].sum() for n in names) / sum(F[n].numel() for n in names)
+        rows.append((layer, float(fisher), 100 * float(change / size)))
+    return rows
+
+
+def layers_picture(rows, bar=300, height=20):
+    """Bars: at the left the mean Fisher information (log scale), at the right the weight change."""
+    sheet, pen, write = canvas(130 + 2 * bar + 140, 30 + height * len(rows))
+    write(130, 6, "mean Fisher information (log scale)")
+    write(200 + bar, 6, "weight change, %")
+    logs = [math.log10(max(fisher, 1e-30)) for _, fisher, _ in rows]
+    low, high, most = min(logs) - 0.3, max(logs), max(change for *_, change in rows) or 1.0
+    for i, ((name, fisher, change), log) in enumerate(zip(rows, logs)):
+        y = 28 + i * height
+        write(8, y, name)
+        for x, share, color, label in ((130, (log - low) / (high - low), "#c0392b", f"{fisher:.1e}"),
+                                       (200 + bar, change / most, "#1f5fa8", f"{change:.2f}")):
+            pen.rectangle([x, y + 1, x + share * bar, y + height - 4], fill=color)
+            write(x + share * bar + 5, y, label)
+    return sheet
+
+
+@torch.no_grad()
+def save_interpolation(path, source, model, stops=5, frames=12, seed=0, columns=4):
+    """A GIF that walks through z: source in the upper row, adapted in the lower, the same z."""
+    device = next(model.G_ema.parameters()).device
+    corners = torch.randn(columns, stops, model.z_dim, generator=torch.Generator().manual_seed(seed))
+    pictures = []
+    for i in range(stops):
+        a, b = corners[:, i], corners[:, (i + 1) % stops]
+        for t in np.linspace(0, math.pi / 2, frames, endpoint=False):
+            z = (math.cos(t) * a + math.sin(t) * b).to(device)       # keeps the length of a Gaussian z
+            rows = torch.cat([source.G_ema(z), model.G_ema(z)]).clamp(-1, 1).float().cpu()
+            pictures.append(image_grid(rows, columns, max(1, 96 // model.resolution)))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
+
+
+def write_run(out, source, shots, result, samples=24):
+    """All pictures and tables of a run."""
+    model = result.model
+    rows = layers(dict(model.G_ema.named_parameters()), result.theta_S, result.F)
+    samples_picture(to_float(shots), generate(source, samples), generate(model, samples)).save(
+        out / "samples.png")
+    layers_picture(rows).save(out / "layers.png")
+    curves_picture(result.log).save(out / "curves.png")
+    save_interpolation(out / "interpolation.gif", source, model)
+    with open(out / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, result.log[0])
+        writer.writeheader()
+        writer.writerows(result.log)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def choose_device(name, amp):
+    """'auto' -> the best there is.  Returns device and amp, neither of them 'auto'."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in found if found[kind])
+    if not found[name]:
+        raise UserError(f"--device {name}: PyTorch finds no such device here; use --device auto")
+    if amp == "auto":
+        if name == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        else:                                     # a CPU without bf16 arithmetic is slower with it
+            can = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
+            amp = "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "off"
+    if amp == "fp16" and name != "cuda":
+        raise UserError("--amp fp16 needs a CUDA device; use bf16 or off")
+    return name, amp
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_device_options(parser):
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+                        help="auto: cuda, else mps, else cpu (default: auto)")
+    parser.add_argument("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
+                        help="mixed precision; auto: where the device is fast at it (default: auto)")
+
+
+def parse_arguments(argv):
+    d = Settings()
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
+    p.add_argument("--target", type=Path, help="folder with the few images to adapt to")
+    p.add_argument("--source", type=Path, default=None,
+                   help="checkpoint of the source model (default: data/source_dcgan.pt)")
+    p.add_argument("--out", type=Path, help="folder for the results (default: out/TARGET)")
+    p.add_argument("--shots", type=number(int, 1), help="use the first K images (default: all)")
+    p.add_argument("--steps", type=number(int, 1), default=d.steps,
+                   help=f"training steps (default: {d.steps})")
+    p.add_argument("--batch-size", type=number(int, 1), default=d.batch_size,
+                   help=f"images a step (default: {d.batch_size})")
+    p.add_argument("--lr", type=number(float, 0, 1), default=d.lr,
+                   help=f"Adam's learning rate, G and D (default: {d.lr})")
+    p.add_argument("--lam", type=number(float, 0), default=d.lam,
+                   help=f"lambda, the strength of EWC; 0: plain fine-tuning (default: {d.lam:g})")
+    p.add_argument("--fisher-samples", type=number(int, 1), default=d.fisher_samples,
+                   help=f"samples for the Fisher information (default: {d.fisher_samples})")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=d.seed,
+                   help=f"seed of all random numbers (default: {d.seed})")
+    p.add_argument("--resume", action="store_true", help="go on from adapted.pt in --out")
+    p.add_argument("--dry-run", action="store_true", help="check all input, print the settings, stop")
+    p.add_argument("--checkpoint", type=Path, help="with --generate: the model to sample from")
+    p.add_argument("--generate", type=number(int, 1), metavar="N",
+                   help="write N images as separate PNG files into --out, then stop")
+    add_device_options(p)
+    args = p.parse_args(argv)
+    given = {a.dest for a in p._actions if getattr(args, a.dest, a.default) != a.default}
+    if args.generate or args.checkpoint:
+        if not (args.generate and args.checkpoint and args.out):
+            raise UserError("--generate N, --checkpoint FILE and --out DIR go together; see --help")
+        unfit = given - {"generate", "checkpoint", "out", "seed", "device", "amp"}
+        if unfit:
+            raise UserError(f"--{min(unfit).replace('_', '-')} does not go with --generate")
+    elif not args.target:
+        raise UserError("say what to adapt to: --target DIR, such as --target data/10shot; "
+                        "see --help")
+    return args
+
+
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with open(path / ".write-test", "w"):
+            pass
+        (path / ".write-test").unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror}); choose another --out")
+
+
+def run_generate(args, device):
+    model = load_checkpoint(args.checkpoint, device)
+    make_folder(args.out)
+    for i, image in enumerate(generate(model, args.generate, args.seed)):
+        image_grid(image[None], 1).save(args.out / f"{i:05d}.png")
+    print(f"{args.generate} images in {args.out}")
+
+
+def run_adapt(args, device, amp):
+    source_path = args.source or HERE / "data" / "source_dcgan.pt"
+    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)
+                           if hasattr(args, f.name)})
+    source = load_checkpoint(source_path, device)
+    shots = read_folder(args.target, source.resolution, args.shots)
+    out = args.out or Path("out") / args.target.resolve().name
+    config = {**asdict(settings), "target": str(args.target), "shots": len(shots),
+              "source": str(source_path), "arch": source.arch, "resolution": source.resolution,
+              "source_sha256": hashlib.sha256(Path(source_path).read_bytes()).hexdigest(),
+              "device": device, "amp": amp, "torch": torch.__version__,
+              "python": sys.version.split()[0]}
+    print("  ".join(f"{key}={value}" for key, value in config.items()))
+    if args.dry_run:
+        return
+    make_folder(out)
+    checkpoint = out / "adapted.pt"
+    try:
+        result = adapt(source, shots, settings, checkpoint, device, amp, args.resume)
+    except KeyboardInterrupt:
+        again = " --resume" if checkpoint.exists() else ""
+        sys.exit(f"\nstopped; go on with the same command and{again}")
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_run(out, source, shots, result)
+    print(f"{out / 'samples.png'}: the source above, the adapted model below")
+
+
+def main(argv=None):
+    try:
+        args = parse_arguments(argv)
+        device, amp = choose_device(args.device, args.amp)
+        if args.generate:
+            run_generate(args, device)
+        else:
+            run_adapt(args, device, amp)
+    except UserError as error:
+        print(f"ewc_gan.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,22 +54,22 @@ class Settings:
     steps: int = 600             # long enough to take the look on; longer, and the shots are copied
     batch_size: int = 4          # ten shots hold no more than this many different gradients
     lr: float = 5e-4             # of Adam, for G and D alike
+    lr_decay: float = 0.0        # if set, lr / sqrt(1 + step / lr_decay): fast first, then finer
     beta1: float = 0.5           # DCGAN's value: less momentum, for the target moves (Radford 2016)
     beta2: float = 0.99
     r1_gamma: float = 1.0        # weight of the R1 penalty on D
     r1_every: int = 16           # R1 is costly and changes slowly: every 16th step, 16 times as much
-    ema: float = 0.99            # decay of G's moving average: a horizon of 100 steps
+    ema: float = 0.999           # largest decay of G's moving average; at step t: 1 - 9 / (10 + t)
     flip: bool = True            # mirrored images are images of the same domain
     lam: float = 300.0           # lambda, the strength of EWC; 0 is plain fine-tuning
     fisher_samples: int = 256    # N of the Fisher estimate
     seed: int = 0
 
 
-# Pretraining sees thousands of images: larger batches, a long average, no penalty.
+# Pretraining sees thousands of images: larger batches and steps, a long average, no penalty.
 SOURCE_SETTINGS = {
-    "dcgan": dict(steps=30000, batch_size=16, lr=5e-4, beta1=0.5, r1_gamma=0.3, ema=0.999, lam=0.0),
-    "stylegan": dict(steps=30000, batch_size=16, lr=2e-3, beta1=0.0, r1_gamma=0.3, ema=0.999,
-                     lam=0.0),
+    "dcgan": dict(steps=40000, batch_size=16, lr=2e-3, lr_decay=3000.0, lam=0.0),
+    "stylegan": dict(steps=25000, batch_size=16, lr=5e-3, lr_decay=3000.0, beta1=0.0, lam=0.0),
 }
 
 
@@ -408,6 +408,9 @@ class Trainer:
         """
         G, D, s = self.model.G, self.model.D, self.settings
         real, z = self.draw(images)
+        if s.lr_decay:
+            for group in self.opt_G.param_groups + self.opt_D.param_groups:
+                group["lr"] = s.lr / math.sqrt(1 + self.step / s.lr_decay)
 
         D.requires_grad_(True)
         with autocast(self.device, self.amp):
@@ -426,7 +429,8 @@ class Trainer:
         penalty = pull(G) if pull else torch.zeros_like(loss_G)
         self.update(self.opt_G, loss_G + penalty)
         self.scaler.update()
-        accumulate(self.model.G_ema, G, s.ema)
+        # A short average at first: a fixed long one is a copy of where it started, for ever so long
+        accumulate(self.model.G_ema, G, min(s.ema, (1 + self.step) / (10 + self.step)))
         self.step += 1
         return {"loss_D": loss_D.detach(), "loss_G": loss_G.detach(), "penalty": penalty.detach()}
 
@@ -532,7 +536,7 @@ def pretrain(images, model, settings, out, device="cpu", amp="off", resume=False
         calibrate_batchnorm(model.G_ema, model.z_dim)
         save_checkpoint(state, model, trainer)
         save_checkpoint(out, model, step=trainer.step, settings=asdict(settings))
-        image_grid(generate(model, 64)).save(out.with_suffix(".png"))
+        image_grid(generate(model, 64), 8).save(out.with_suffix(".png"))
 
     while trainer.step < settings.steps:
         losses = trainer.train_step(images)
@@ -701,8 +705,8 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a checkpoint of this program, or damaged "
-                        f"({str(error).splitlines()[0]})")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a checkpoint of this program, or damaged ({reason})")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this program (format '{FORMAT}')")
     return checkpoint

@@ -1,0 +1,86 @@
+"""Pretrain the source model that ewc_gan.py adapts.
+
+    python pretrain_source.py                                     # the embedded domain: drawn faces
+    python pretrain_source.py --data DIR --arch dcgan --resolution 64 --out out/source.pt
+    python pretrain_source.py --data DIR --out out/source.pt --resume
+
+Writes OUT (the model), OUT.train (all that --resume needs) and OUT's name with .png (64 samples)
+every thousand steps; stop it whenever the samples are good enough.
+"""
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import ewc_gan
+
+FACES, FACES_SEED = 20000, 7        # the embedded source domain: faces 0 to 19,999 of seed 7
+
+
+def draw_source_images(resolution):
+    """The embedded source domain, drawn on all processor cores: uint8 [N, 3, R, R]."""
+    sys.path.insert(0, str(ewc_gan.HERE / "data"))
+    import draw_faces
+    print(f"drawing {FACES} faces (a minute or two) ...", flush=True)
+    faces = draw_faces.draw_faces("photo", FACES, FACES_SEED, resolution)        # [N, R, R, 3]
+    return torch.from_numpy(faces).permute(0, 3, 1, 2).contiguous()
+
+
+def parse_arguments(argv):
+    p = ewc_gan.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                       allow_abbrev=False)
+    number, defaults = ewc_gan.number, ewc_gan.SOURCE_SETTINGS
+
+    def of_family(name):
+        return ", ".join(f"{value[name]} for {arch}" for arch, value in defaults.items())
+
+    p.add_argument("--data", type=Path, help="folder of images (default: faces drawn by the program)")
+    p.add_argument("--arch", default="dcgan", choices=sorted(defaults),
+                   help="family of networks (default: dcgan)")
+    p.add_argument("--resolution", type=int, default=64, choices=[32, 64, 128, 256],
+                   help="(default: 64)")
+    p.add_argument("--steps", type=number(int, 1), help=f"(default: {of_family('steps')})")
+    p.add_argument("--batch-size", type=number(int, 1), help=f"(default: {of_family('batch_size')})")
+    p.add_argument("--lr", type=number(float, 0, 1), help=f"(default: {of_family('lr')})")
+    p.add_argument("--r1-gamma", type=number(float, 0), help=f"(default: {ewc_gan.Settings.r1_gamma})")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: 0)")
+    p.add_argument("--out", type=Path, help="(default: out/source_ARCH.pt)")
+    p.add_argument("--init", type=Path, help="start from the weights of this checkpoint")
+    p.add_argument("--resume", action="store_true", help="go on from OUT.train")
+    ewc_gan.add_device_options(p)
+    return p.parse_args(argv)
+
+
+def run(args):
+    device, amp = ewc_gan.choose_device(args.device, args.amp)
+    chosen = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "r1_gamma")
+              if getattr(args, name) is not None}
+    settings = ewc_gan.Settings(**{**ewc_gan.SOURCE_SETTINGS[args.arch], **chosen, "seed": args.seed})
+    out = args.out or Path("out") / f"source_{args.arch}.pt"
+    torch.manual_seed(args.seed)
+    if args.init:
+        model = ewc_gan.load_checkpoint(args.init, device)
+    else:
+        model = ewc_gan.build_model(args.arch, args.resolution, device)
+    ewc_gan.make_folder(out.parent)
+    print("  ".join(f"{key}={value}" for key, value in asdict(settings).items()), flush=True)
+    if args.data:
+        images = ewc_gan.read_folder(args.data, model.resolution)
+    else:
+        images = draw_source_images(model.resolution)
+    ewc_gan.pretrain(images, model, settings, out, device, amp, args.resume)
+    print(f"{out}: the source model;  {out.with_suffix('.png')}: samples")
+
+
+def main(argv=None):
+    try:
+        run(parse_arguments(argv))
+    except ewc_gan.UserError as error:
+        print(f"pretrain_source.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,585 @@
+"""Tests of ewc_gan.py against oracles: closed forms, brute force, other implementations, bit equality.
+
+    python -m pytest
+"""
+import copy
+import pickle
+import re
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import ewc_gan
+import pretrain_source
+from ewc_gan import Settings, adapt, build_model, ewc_penalty, fisher_diagonal, load_images
+
+sys.path.insert(0, str(ewc_gan.HERE / "data"))
+import draw_faces  # noqa: E402
+
+FAMILIES = sorted(ewc_gan.FAMILIES)
+SHOTS = ewc_gan.HERE / "data" / "10shot"
+TOY = Settings(steps=4, batch_size=2, fisher_samples=4, lam=100.0, r1_every=2)
+
+
+def small_model(arch, seed=0):
+    """A model of 32 pixels and a few thousand weights, its BatchNorm frozen at real statistics."""
+    torch.manual_seed(seed)
+    stages = 3 + (arch == "stylegan")
+    model = build_model(arch, 32, z_dim=8, g_channels=[12, 10, 8, 6][:stages], d_channels=[6, 8, 10])
+    ewc_gan.calibrate_batchnorm(model.G_ema, 8, samples=512)
+    model.G.load_state_dict(model.G_ema.state_dict())
+    model.G.eval(), model.D.train()
+    model.D(torch.randn(8, 3, 32, 32))                  # gives MinibatchStd a running mean
+    return model
+
+
+def shots32(n=10):
+    return ewc_gan.read_folder(SHOTS, 32, n)
+
+
+def states_equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Fisher information
+# --------------------------------------------------------------------------------------------------
+def test_fisher_closed_form():
+    """G(z) = W z, D(x) = a.x: d log sigmoid(a.Wz) / dW_jk = sigmoid(-a.Wz) a_j z_k."""
+    torch.manual_seed(0)
+    G, D = nn.Linear(3, 5, bias=False), nn.Linear(5, 1, bias=False)
+    z = torch.randn(50, 3)
+    W, a = G.weight.detach().double(), D.weight.detach().double()[0]
+    expected = torch.zeros(5, 3, dtype=torch.double)
+    for z_i in z.double():
+        logit = a @ W @ z_i
+        expected += ((1 - torch.sigmoid(logit)) * torch.outer(a, z_i)) ** 2
+    F = fisher_diagonal(G, D, z)
+    assert list(F) == ["weight"]
+    torch.testing.assert_close(F["weight"].double(), expected / 50, rtol=1e-4, atol=1e-9, msg=lambda m:
+                               "F is not E[(d log D(G(z)) / d theta)^2] with log D = log sigmoid(logit):"
+                               f" per sample, squared, then averaged\n{m}")
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_fisher_equals_per_sample_gradients_of_torch_func(arch):
+    model = small_model(arch)
+    G, D, z = model.G, model.D.eval(), torch.randn(6, 8)
+
+    def log_likelihood(theta, z_i):
+        image = torch.func.functional_call(G, theta, z_i[None])
+        return -torch.log1p(torch.exp(-D(image))).sum()
+
+    theta = {name: p.detach() for name, p in G.named_parameters()}
+    gradients = torch.func.vmap(torch.func.grad(log_likelihood), (None, 0))(theta, z)
+    for name, F in fisher_diagonal(G, model.D.train(), z).items():
+        torch.testing.assert_close(F, gradients[name].square().mean(0), rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_fisher_is_not_the_square_of_the_mean_gradient(arch):
+    """E[g^2] = (E g)^2 + Var g: of N samples, the mean of squares exceeds the square of the mean."""
+    model, z = small_model(arch), torch.randn(16, 8)
+    one_by_one = fisher_diagonal(model.G, model.D, z)
+    singles = [fisher_diagonal(model.G, model.D, z_i[None]) for z_i in z]
+    loss = nn.functional.logsigmoid(model.D.eval()(model.G(z))).mean()
+    mean_gradient = torch.autograd.grad(loss, list(model.G.parameters()))
+    for (name, F), g in zip(one_by_one.items(), mean_gradient):
+        torch.testing.assert_close(F, sum(s[name] for s in singles) / 16, rtol=1e-4, atol=1e-12,
+                                   msg=lambda m: f"F changes with what else is in the batch\n{m}")
+        assert F.sum() > 1.2 * g.square().sum(), (
+            f"{name}: F is near the square of the batch-mean gradient; square each sample's, then mean")
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_fisher_leaves_both_networks_as_they_were(arch):
+    model = small_model(arch)
+    G, D = model.G, model.D
+    G.train(), D.train()
+    next(G.children()).eval()                                       # a mode per module, not per net
+    first, last = list(G.parameters())[0], list(D.parameters())[-1]
+    first.requires_grad_(False), last.requires_grad_(False)
+    D(G(torch.randn(4, 8))).sum().backward()
+
+    def snapshot():
+        return [(p.detach().clone(), p.requires_grad, None if p.grad is None else p.grad.clone())
+                for net in (G, D) for p in net.parameters()] + [
+                b.clone() for net in (G, D) for b in net.buffers()] + [
+                m.training for net in (G, D) for m in net.modules()]
+
+    def same(a, b):
+        if isinstance(a, tuple):
+            return all(same(x, y) for x, y in zip(a, b))
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    before = snapshot()
+    F = fisher_diagonal(G, D, torch.randn(3, 8))
+    assert same(tuple(before), tuple(snapshot())), "parameters, .grad, buffers, flags or modes changed"
+    assert list(G.named_parameters())[0][0] not in F, "F is for trainable parameters alone"
+
+
+def test_fisher_is_float32_under_autocast_and_works_under_no_grad():
+    model, z = small_model("stylegan"), torch.randn(3, 8)
+    plain = fisher_diagonal(model.G, model.D, z)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        inside = fisher_diagonal(model.G, model.D, z)
+    assert all(torch.equal(plain[n], inside[n]) and inside[n].dtype == torch.float32 for n in plain)
+
+
+def test_fisher_memory_does_not_grow_with_samples():
+    """Count the tensors that autograd keeps alive for backward passes: the peak is one sample's."""
+    class Kept:
+        now = peak = 0
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+            Kept.now += 1
+            Kept.peak = max(Kept.peak, Kept.now)
+
+        def __del__(self):
+            Kept.now -= 1
+
+    def peak(n):
+        Kept.now = Kept.peak = 0
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            fisher_diagonal(model.G, model.D, torch.randn(n, 8))
+        return Kept.peak
+
+    model = small_model("dcgan")
+    assert 0 < peak(12) <= peak(2), "graphs of earlier samples are kept: take gradients one by one"
+
+
+def test_fisher_of_nothing_is_an_error():
+    model = small_model("dcgan")
+    with pytest.raises(ValueError, match="at least one"):
+        fisher_diagonal(model.G, model.D, torch.randn(0, 8))
+
+
+# --------------------------------------------------------------------------------------------------
+# Penalty
+# --------------------------------------------------------------------------------------------------
+def test_penalty_value_and_gradient_in_closed_form():
+    model, lam = small_model("stylegan"), 7.0
+    G = model.G
+    theta_S = {n: p.detach().clone() for n, p in G.named_parameters()}
+    F = {n: torch.rand_like(p) for n, p in theta_S.items()}
+    assert ewc_penalty(G, theta_S, F) == 0
+    with torch.no_grad():
+        for p in G.parameters():
+            p.add_(torch.randn_like(p))
+    penalty = ewc_penalty(G, theta_S, F)
+    expected = sum(float((F[n].double() * (p.detach() - theta_S[n]).double() ** 2).sum())
+                   for n, p in G.named_parameters())
+    assert penalty.item() == pytest.approx(expected, rel=1e-5), "sum_i F_i (theta_i - theta_S,i)^2"
+    (lam * penalty).backward()
+    for name, p in G.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * lam * F[name] * (p.detach() - theta_S[name]),
+                                   msg=lambda m: f"{name}: gradient is not 2 lam F (theta-theta_S)\n{m}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+# --------------------------------------------------------------------------------------------------
+def test_losses_are_cross_entropies_of_logits():
+    real, fake = torch.tensor([0.3, -2.0, 90.0]), torch.tensor([1.5, -90.0])
+    bce = nn.functional.binary_cross_entropy_with_logits
+    torch.testing.assert_close(ewc_gan.d_logistic_loss(real, fake),
+                               bce(real, torch.ones(3)) + bce(fake, torch.zeros(2)))
+    torch.testing.assert_close(ewc_gan.g_nonsaturating_loss(fake), bce(fake, torch.ones(2)),
+                               msg=lambda m: f"-log D(G(z)), with D's logits\n{m}")
+
+
+def test_r1_in_closed_form():
+    """D(x) = sum c x^2 has gradient 2 c x, so R1 = E sum (2 c x)^2 and d R1 / d c = 8 c E sum x^2."""
+    c = torch.tensor(0.7, requires_grad=True)
+    x = torch.randn(5, 3, 4, 4)
+    r1 = ewc_gan.d_r1_loss(lambda images: (c * images.square()).sum((1, 2, 3)), x)
+    size = x.square().sum((1, 2, 3)).mean()
+    torch.testing.assert_close(r1, 4 * c.detach() ** 2 * size)
+    torch.testing.assert_close(torch.autograd.grad(r1, c)[0], 8 * c.detach() * size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_an_image_depends_on_its_z_alone_and_a_verdict_on_its_image_alone(arch):
+    model, z = small_model(arch), torch.randn(6, 8)
+    with torch.no_grad():
+        images = model.G(z)
+        assert images.std() > 0.01
+        single = torch.cat([model.G(z[i:i + 1]) for i in range(6)])
+        torch.testing.assert_close(images, single, rtol=1e-4, atol=1e-5,
+                                   msg=lambda m: f"G couples the images of a batch\n{m}")
+        D = model.D.eval()
+        torch.testing.assert_close(D(images), torch.cat([D(image[None]) for image in images]),
+                                   rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 128, 256])
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_resolutions_and_sizes(arch, resolution):
+    model = build_model(arch, resolution)
+    image = model.G_ema(torch.randn(1, model.z_dim))
+    assert image.shape == (1, 3, resolution, resolution) and model.D(image).shape == (1,)
+    for net in (model.G, model.D):
+        assert 0.6e6 < sum(p.numel() for p in net.parameters()) < 1.2e6
+
+
+def test_modulation_of_activations_equals_modulation_of_weights():
+    """The definition in Karras et al. 2020: scale the weights by s, divide by their norm."""
+    torch.manual_seed(0)
+    layer = ewc_gan.ModulatedConv(5, 7, 3, 4)
+    x, w = torch.randn(3, 5, 8, 8), torch.randn(3, 4)
+    for image, w_i, output in zip(x, w, layer(x, w)):
+        weight = layer.weight * layer.scale * layer.style(w_i[None])[0][:, None, None]
+        weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        expected = nn.functional.conv2d(image[None], weight * 2**0.5, padding=1)[0]
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_minibatch_std_against_numpy():
+    layer = ewc_gan.MinibatchStd(group=4).train()
+    x = torch.randn(8, 3, 2, 2)
+    extra = layer(x)[:, 3]
+    for j in range(2):                                   # groups: images 0 2 4 6 and 1 3 5 7
+        expected = np.std(x[j::2].numpy(), axis=0).mean()
+        np.testing.assert_allclose(extra[j::2].numpy(), expected, rtol=1e-4)
+    x[:] = 1.0
+    assert layer(x)[:, 3].max() < 1e-3, "a batch without variety must be visible to D"
+
+
+def test_calibrated_batchnorm_has_the_statistics_of_its_inputs():
+    torch.manual_seed(1)
+    G = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (6, 1, 1)), nn.BatchNorm2d(6))
+    ewc_gan.calibrate_batchnorm(G, 4, samples=2048)
+    z = torch.cat(list(torch.randn(8, 256, 4, generator=torch.Generator().manual_seed(0))))
+    inputs = G[0](torch.randn(20000, 4))
+    torch.testing.assert_close(G[2].running_mean, inputs.mean(0), atol=0.05, rtol=0)
+    torch.testing.assert_close(G[2].running_var, inputs.var(0), atol=0, rtol=0.1)
+    assert not G[2].training and len(z) == 2048
+
+
+# --------------------------------------------------------------------------------------------------
+# Training and adaptation
+# --------------------------------------------------------------------------------------------------
+def fine_tune_by_hand(source, images, settings):
+    """Plain fine-tuning, written out: the oracle for lam = 0 and for the training step."""
+    G, D = copy.deepcopy(source.G_ema).requires_grad_(True), copy.deepcopy(source.D).train()
+    ema = [p.detach().clone() for p in G.parameters()]
+    adam = [torch.optim.Adam(net.parameters(), settings.lr, (settings.beta1, settings.beta2),
+                             fused=True) for net in (G, D)]
+    random = torch.Generator().manual_seed(settings.seed)
+    for step in range(settings.steps):
+        batch = images[torch.randint(len(images), (settings.batch_size,), generator=random)]
+        x = batch.float() / 127.5 - 1
+        flipped = torch.rand(len(x), generator=random) < 0.5
+        x[flipped] = x[flipped].flip(3)
+        x = x.contiguous(memory_format=torch.channels_last)
+        fake = G(torch.randn(settings.batch_size, source.z_dim, generator=random))
+        loss = nn.functional.softplus(-D(x)).mean() + nn.functional.softplus(D(fake.detach())).mean()
+        if step % settings.r1_every == 0:
+            x.requires_grad_(True)
+            g, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+            r1 = g.square().sum((1, 2, 3)).mean()
+            loss = loss + settings.r1_every * settings.r1_gamma / 2 * r1
+        adam[1].zero_grad(), loss.backward(), adam[1].step()
+        adam[0].zero_grad(), nn.functional.softplus(-D(fake)).mean().backward(), adam[0].step()
+        for average, p in zip(ema, G.parameters()):
+            average.lerp_(p.detach(), 1 - (1 + step) / (10 + step))
+    return G, D, ema
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_lambda_zero_is_plain_fine_tuning_bit_for_bit(arch):
+    source, settings = small_model(arch), replace(TOY, lam=0.0)
+    result = adapt(source, shots32(), settings).model
+    G, D, ema = fine_tune_by_hand(source, shots32(), settings)
+    assert states_equal(result.G, G) and states_equal(result.D, D)
+    assert all(torch.equal(a, b) for a, b in zip(result.G_ema.parameters(), ema))
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_adaptation_pulls_G_back_trains_D_and_leaves_the_source_alone(arch):
+    source = small_model(arch)
+    untouched = copy.deepcopy(source)
+    free, held, huge = (adapt(source, shots32(), replace(TOY, steps=30, lam=lam))
+                        for lam in (0.0, 1e4, 1e12))
+    for name in ("G", "G_ema", "D"):
+        assert states_equal(getattr(source, name), getattr(untouched, name))
+    assert not states_equal(held.model.D, source.D), "D must be trained on during the adaptation"
+    for name, p in source.G_ema.named_parameters():
+        assert torch.equal(held.theta_S[name], p), "theta_S is a copy of G_ema, where G starts"
+    for (name, buffer), after in zip(source.G_ema.named_buffers(), held.model.G.buffers()):
+        assert torch.equal(buffer, after), f"{name}: BatchNorm must stay frozen"
+    assert held.log[-1]["penalty"] > 0 and free.log[-1]["penalty"] == 0
+
+    def weighted_change(result):                     # the distance that the penalty measures
+        return ewc_penalty(result.model.G, free.theta_S, free.F).item()
+    assert weighted_change(held) < 0.7 * weighted_change(free)
+    assert weighted_change(huge) < 0.1 * weighted_change(free)
+    z = torch.randn(16, 8)
+    moved = [(r.model.G(z) - source.G_ema(z)).abs().mean().item() for r in (free, huge)]
+    assert moved[1] < 0.5 * moved[0], "a huge lambda must keep the generator where it was"
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_fisher_of_a_run_is_measured_at_theta_S_with_the_source_D(arch):
+    source = small_model(arch)
+    F = adapt(source, shots32(), TOY).F
+    z = torch.randn(TOY.fisher_samples, 8, generator=torch.Generator().manual_seed(TOY.seed))
+    expected = fisher_diagonal(copy.deepcopy(source.G_ema).requires_grad_(True), source.D, z)
+    assert F.keys() == expected.keys() and all(torch.equal(F[n], expected[n]) for n in F)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_two_plus_two_steps_equal_four_bit_for_bit(arch, tmp_path):
+    source, images, path = small_model(arch), shots32(), tmp_path / "adapted.pt"
+    whole = adapt(source, images, TOY, save_every=2)
+    adapt(source, images, replace(TOY, steps=2), path)
+    resumed = adapt(source, images, TOY, path, resume=True)
+    for name in ("G", "D", "G_ema"):
+        assert states_equal(getattr(whole.model, name), getattr(resumed.model, name))
+    assert [row["step"] for row in resumed.log] == [2, 4]
+
+    settings = replace(TOY, lam=0.0, lr_decay=2.0)
+    model = small_model(arch)
+    whole = ewc_gan.pretrain(images, copy.deepcopy(model), settings, tmp_path / "whole.pt")
+    out = tmp_path / "part.pt"
+    ewc_gan.pretrain(images, copy.deepcopy(model), replace(settings, steps=2), out)
+    resumed = ewc_gan.pretrain(images, small_model(arch, 1), settings, out, resume=True)
+    for name in ("G", "D", "G_ema"):
+        assert states_equal(getattr(whole, name), getattr(resumed, name))
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_mixed_precision_agrees_with_full_precision(arch):
+    """bf16 keeps 8 bits: after one step of SGD-like size the losses agree to 3 %, F exactly."""
+    source = small_model(arch)
+    full, half = (adapt(source, shots32(), replace(TOY, steps=10, batch_size=8), amp=amp)
+                  for amp in ("off", "bf16"))
+    assert all(torch.equal(full.F[n], half.F[n]) for n in full.F), "Fisher belongs in float32"
+    for name in ("loss_D", "loss_G", "penalty"):
+        assert half.log[-1][name] == pytest.approx(full.log[-1][name], rel=0.1, abs=0.01)
+    z = torch.randn(8, 8)
+    difference = (full.model.G_ema(z) - half.model.G_ema(z)).abs().mean()
+    assert difference < 0.02                                       # images span -1..1
+    assert all(p.dtype == torch.float32 for p in half.model.G.parameters())
+
+
+def test_average_follows_its_formula():
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    expected = 0.9 * a.weight.detach() + 0.1 * b.weight.detach()
+    ewc_gan.accumulate(a, b, 0.9)
+    torch.testing.assert_close(a.weight.detach(), expected)
+
+
+def test_layer_changes_by_hand():
+    theta_S = {"up.weight": torch.tensor([[1.0, -3.0]]), "up.style.bias": torch.tensor([4.0])}
+    theta = {"up.weight": torch.tensor([[2.0, -3.0]]), "up.style.bias": torch.tensor([3.0])}
+    F = {"up.weight": torch.tensor([[1.0, 2.0]]), "up.style.bias": torch.tensor([6.0])}
+    assert ewc_gan.layers(theta, theta_S, F) == [("up", 3.0, 25.0)]        # (1+0+1) / (1+3+4)
+    change = ewc_gan.relative_change(theta, theta_S)
+    assert change == pytest.approx((2 / 26) ** 0.5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images and files
+# --------------------------------------------------------------------------------------------------
+def test_load_images_of_every_mode(tmp_path):
+    """One grey-level ramp, stored in many ways, must come back as the same pixels."""
+    ramp = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
+    grey = Image.fromarray(ramp)
+    turned = Image.Exif()
+    turned[0x0112] = 6                                              # "turn me by 90 degrees"
+    (tmp_path / "nested" / "deeper").mkdir(parents=True)
+    grey.save(tmp_path / "a.png")
+    grey.convert("P").save(tmp_path / "b.png")
+    Image.merge("RGBA", [grey] * 3 + [Image.new("L", (16, 16), 255)]).save(tmp_path / "c.PNG")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "d.png")          # 16 bits
+    grey.convert("CMYK").save(tmp_path / "nested" / "e.tif")
+    grey.rotate(90).convert("RGB").save(tmp_path / "nested" / "deeper" / "f.png", exif=turned)
+    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "z.png")            # transparent
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = load_images(tmp_path, 16)
+    assert images.shape == (7, 3, 16, 16) and images.dtype == torch.float32
+    expected = torch.from_numpy(ramp).float().expand(3, 16, 16) / 127.5 - 1
+    for image in images[:6]:
+        torch.testing.assert_close(image, expected, atol=0.02, rtol=0)
+    assert (images[6] == 1).all(), "transparent pixels lie on white"
+
+
+def test_images_that_are_not_square_are_cropped_at_the_centre(tmp_path):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert (load_images(tmp_path, 20) == 1).all()
+
+
+@pytest.mark.parametrize("count, batch", [(10, 16), (1, 4)])
+def test_fewer_images_than_the_batch(count, batch):
+    result = adapt(small_model("dcgan"), shots32(count), replace(TOY, steps=2, batch_size=batch))
+    assert np.isfinite(result.log[-1]["loss_D"])
+
+
+def run(*argv, program=ewc_gan):
+    """Exit code and nothing else; the text is read from capsys."""
+    try:
+        program.main([str(a) for a in argv])
+        return 0
+    except SystemExit as stop:
+        return stop.code
+
+
+class Code:
+    def __reduce__(self):
+        return exec, ("open('hacked', 'w').close()",)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "code", "foreign"])
+def test_bad_checkpoints_are_refused_in_one_line(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, good = tmp_path / "bad.pt", tmp_path / "good.pt"
+    ewc_gan.save_checkpoint(good, small_model("dcgan"))
+    if kind == "code":
+        path.write_bytes(pickle.dumps(Code()))
+    elif kind == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif kind != "missing":
+        path.write_bytes({"empty": b"", "text": b"hello", "truncated": good.read_bytes()[:5000]}[kind])
+    assert run("--target", SHOTS, "--source", path, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "bad.pt" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--target", "nowhere"], "nowhere"),
+    (["--target", "."], "no images"),
+    (["--target", "broken"], "broken.png"),
+    (["--target", "broken", "--lam", "-1"], "--lam"),
+    (["--target", "broken", "--lam", "nan"], "--lam"),
+    (["--target", "broken", "--steps", "0"], "--steps"),
+    (["--target", "broken", "--unknown"], "--unknown"),
+    (["--generate", "3", "--out", "o"], "--checkpoint"),
+    (["--generate", "3", "--out", "o", "--checkpoint", "c", "--lam", "3"], "--lam"),
+    ([], "--target"),
+])
+def test_bad_input_gets_one_line_and_code_2(argv, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken").mkdir()
+    whole = (SHOTS / "00000.png").read_bytes()
+    Path("broken/broken.png").write_bytes(whole[:len(whole) // 2])
+    if argv[:2] == ["--target", "."]:
+        Path("broken/broken.png").unlink()
+    assert run(*argv) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not Path("out").exists()
+
+
+def test_checkpoint_round_trip(tmp_path):
+    for arch in FAMILIES:
+        model = small_model(arch)
+        ewc_gan.save_checkpoint(tmp_path / "m.pt", model, note="x")
+        again = ewc_gan.load_checkpoint(tmp_path / "m.pt")
+        assert states_equal(model.G_ema, again.G_ema) and states_equal(model.D, again.D)
+        assert torch.equal(ewc_gan.generate(model, 3, 5), ewc_gan.generate(again, 7, 5)[:3])
+        assert torch.load(tmp_path / "m.pt", weights_only=True)["note"] == "x"
+
+
+# --------------------------------------------------------------------------------------------------
+# What ships: drawn faces, sources, README
+# --------------------------------------------------------------------------------------------------
+def test_faces_depend_on_seed_and_index_alone():
+    five, three = (draw_faces.draw_faces("photo", n, 3, workers=1) for n in (5, 3))
+    assert five.shape == (5, 64, 64, 3) and five.dtype == np.uint8
+    assert (five[:3] == three).all() and (five[0] != five[1]).any()
+    assert (draw_faces.draw_faces("photo", 3, 4, workers=1) != three).any()
+
+
+def test_ten_shot_sets_are_what_their_command_draws():
+    for folder, style in [("10shot", "emoji"), ("10shot_sketch", "sketch"),
+                          ("10shot_statue", "statue"), ("10shot_houses", "houses")]:
+        files = sorted((ewc_gan.HERE / "data" / folder).iterdir())
+        drawn = draw_faces.draw_faces(style, 10, draw_faces.TEN_SHOT_SEED, workers=1)
+        assert len(files) == 10
+        for path, face in zip(files, drawn):       # other versions of Pillow may round differently
+            assert np.abs(np.asarray(Image.open(path)).astype(int) - face).mean() < 1
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_shipped_sources_make_varied_images_that_their_D_believes(arch):
+    path = ewc_gan.HERE / "data" / f"source_{arch}.pt"
+    assert path.stat().st_size < 10e6
+    model = ewc_gan.load_checkpoint(path)
+    images = ewc_gan.generate(model, 64)
+    faces = torch.from_numpy(draw_faces.draw_faces("photo", 64, 1, workers=1)).permute(0, 3, 1, 2)
+    faces = ewc_gan.to_float(faces)
+    assert images.shape == (64, 3, 64, 64)
+    distance = [torch.pdist(x.flatten(1)).mean() for x in (images, faces)]
+    assert distance[0] > 0.8 * distance[1], "the samples are less varied than the drawings"
+    for statistic in (lambda x: x.mean((0, 2, 3)), lambda x: x.std((0, 2, 3))):
+        torch.testing.assert_close(statistic(images), statistic(faces), atol=0.1, rtol=0)
+    noise = torch.rand_like(faces) * 2 - 1
+    with torch.no_grad():
+        D = model.D.eval()
+        assert D(faces).mean() > D(images).mean() > D(noise).mean()
+
+
+def readme_commands():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ewc_gan.HERE / "README.md").read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.startswith("python ")]
+
+
+def test_readme_commands_parse():
+    commands = readme_commands()
+    assert len(commands) >= 5
+    for command in commands:
+        program, *argv = shlex.split(command)[1:]
+        if program == "ewc_gan.py":
+            ewc_gan.parse_arguments(argv)
+        elif program == "pretrain_source.py":
+            pretrain_source.parse_arguments(argv)
+        else:
+            assert (ewc_gan.HERE / program).exists() or program == "-m", command
+
+
+def test_the_main_job_and_its_sequel_at_toy_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ewc_gan.HERE / "data")
+    toy = ["--steps", "12", "--batch-size", "2", "--fisher-samples", "2"]
+    assert run("--target", "data/10shot", *toy, "--dry-run") == 0 and not Path("out").exists()
+    assert run("--target", "data/10shot", *toy) == 0
+    out = Path("out/10shot")
+    assert {p.name for p in out.iterdir()} == {
+        "samples.png", "layers.png", "curves.png", "log.csv", "interpolation.gif", "adapted.pt",
+        "config.json"}
+    lines = (out / "log.csv").read_text().splitlines()
+    assert lines[0].startswith("step,loss_D,loss_G,penalty,share,change") and len(lines) == 3
+    with Image.open(out / "interpolation.gif") as gif:
+        assert gif.n_frames > 20
+    assert run("--checkpoint", out / "adapted.pt", "--generate", 3, "--out", "more") == 0
+    assert sorted(p.name for p in Path("more").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    model = ewc_gan.load_checkpoint(out / "adapted.pt")
+    assert torch.equal(load_images("more", 64), ewc_gan.load_images("more", 64))
+    torch.testing.assert_close(load_images("more", 64), ewc_gan.generate(model, 3), atol=0.005, rtol=0)
+
+
+def test_pretraining_on_a_folder_and_adapting_it(tmp_path, capsys):
+    out = tmp_path / "source.pt"
+    argv = ["--data", SHOTS, "--resolution", 32, "--batch-size", 2, "--out", out, "--amp", "off"]
+    for arch in FAMILIES:
+        assert run(*argv, "--arch", arch, "--steps", 2, program=pretrain_source) == 0
+        assert run(*argv, "--arch", arch, "--steps", 3, "--resume", program=pretrain_source) == 0
+        assert out.with_suffix(".png").exists()
+        assert torch.load(out, weights_only=True)["step"] == 3
+    assert run("--target", SHOTS, "--source", out, "--out", tmp_path / "o", "--steps", 1,
+               "--fisher-samples", 1) == 0

@@ -1,7 +1,7 @@
 """Few-shot image generation with Elastic Weight Consolidation (EWC), in one file.
 
-    python ewc_gan.py --target data/10shot                      # adapt the shipped source to ten images
-    python ewc_gan.py --target DIR --source CKPT --out DIR      # your images, your source
+    python ewc_gan.py --target data/10shot                   # adapt the shipped source to ten shots
+    python ewc_gan.py --target DIR --source CKPT --out DIR    # your images, your source
     python ewc_gan.py --checkpoint out/10shot/adapted.pt --generate 500 --out DIR
 
 The method is that of Li, Zhang, Lu and Shechtman, "Few-shot Image Generation with Elastic Weight
@@ -28,15 +28,16 @@ import os
 import pickle
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as nnF      # F is the Fisher information, as in the paper
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 HERE = Path(__file__).resolve().parent
 
@@ -58,7 +59,7 @@ class Settings:
     beta1: float = 0.5           # DCGAN's value: less momentum, for the target moves (Radford 2016)
     beta2: float = 0.99
     r1_gamma: float = 1.0        # weight of the R1 penalty on D
-    r1_every: int = 16           # R1 is costly and changes slowly: every 16th step, 16 times as much
+    r1_every: int = 16           # R1 is costly and changes slowly: every 16th step, 16-fold
     ema: float = 0.999           # largest decay of G's moving average; at step t: 1 - 9 / (10 + t)
     flip: bool = True            # mirrored images are images of the same domain
     lam: float = 300.0           # lambda, the strength of EWC; 0 is plain fine-tuning
@@ -84,7 +85,7 @@ def read_image(path, resolution):
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)        # phones store "turn me" beside the pixels
-            if image.mode.startswith("I"):               # 16-bit grey: convert() would clip, not scale
+            if image.mode.startswith("I"):            # 16-bit grey: convert() would clip, not scale
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -104,7 +105,8 @@ def read_folder(folder, resolution, limit=None):
         raise UserError(f"{folder}: no such folder")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)[:limit]
     if not paths:
-        raise UserError(f"{folder}: no images ({' '.join(sorted(IMAGE_SUFFIXES))}) in it or below it")
+        raise UserError(f"{folder}: no images in it or below it "
+                        f"({' '.join(sorted(IMAGE_SUFFIXES))})")
     pixels = np.stack([read_image(path, resolution) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
@@ -146,19 +148,20 @@ class DCGANGenerator(nn.Module):
     """
     def __init__(self, z_dim, channels):
         super().__init__()
-        layers = [nn.ConvTranspose2d(z_dim, channels[0], 4, bias=False)]                # 1 -> 4
-        for c_in, c_out in zip(channels, channels[1:]):
-            layers += [nn.BatchNorm2d(c_in), nn.ReLU(),
-                       nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)]            # doubles
-        layers += [nn.BatchNorm2d(channels[-1]), nn.ReLU(),
-                   nn.ConvTranspose2d(channels[-1], 3, 4, 2, 1), nn.Tanh()]
-        self.layers = nn.Sequential(*layers)
-        for module in self.modules():
-            if isinstance(module, nn.ConvTranspose2d):
-                nn.init.normal_(module.weight, 0, 0.02)
+        layers = {"conv4": nn.ConvTranspose2d(z_dim, channels[0], 4, bias=False)}       # 1 -> 4
+        for i, (c_in, c_out) in enumerate(zip(channels, channels[1:] + [3])):
+            layers[f"norm{4 << i}"], layers[f"relu{4 << i}"] = nn.BatchNorm2d(c_in), nn.ReLU()
+            layers[f"conv{8 << i}"] = nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=c_out == 3)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+            if isinstance(layer, nn.ConvTranspose2d):
+                nn.init.normal_(layer.weight, 0, 0.02)
 
     def forward(self, z):
-        return self.layers(z[:, :, None, None])
+        x = z[:, :, None, None]                                             # [N, z_dim, 1, 1]
+        for layer in self.children():
+            x = layer(x)                                                    # [N, C, 4, 4], doubling
+        return torch.tanh(x)
 
 
 class DCGANDiscriminator(nn.Module):
@@ -219,7 +222,7 @@ class ModulatedConv(nn.Module):
         self.demodulate = demodulate
 
     def forward(self, x, w):
-        s, weight = self.style(w), self.weight * self.scale                     # [N, I], [O, I, k, k]
+        s, weight = self.style(w), self.weight * self.scale                 # [N, I], [O, I, k, k]
         x = nnF.conv2d(x * s[:, :, None, None], weight, padding=self.padding)   # [N, O, H, W]
         if self.demodulate:
             norm = (s.square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()  # [N, O]
@@ -250,7 +253,7 @@ class StyleGANGenerator(nn.Module):
         self.to_rgb = nn.ModuleList(ModulatedConv(c, 3, 1, z_dim, False) for c in channels)
 
     def forward(self, z):
-        w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()           # [N, z_dim], on a sphere
+        w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()       # [N, z_dim], on a sphere
         for layer in self.mapping:
             w = nnF.leaky_relu(layer(w), 0.2)
         x = self.constant.expand(len(z), -1, -1, -1)                        # [N, C, 4, 4]
@@ -347,7 +350,7 @@ def build_model(arch, resolution, device="cpu", z_dim=None, g_channels=None, d_c
 
 # --------------------------------------------------------------------------------------------------
 # Losses: the non-saturating logistic GAN (Goodfellow et al. 2014) with R1 (Mescheder et al. 2018).
-# D gives logits, so D's probability that x is real is sigmoid(D(x)), and log sigmoid = -softplus(-).
+# D gives logits: its probability that x is real is sigmoid(D(x)), and log sigmoid = -softplus(-).
 # --------------------------------------------------------------------------------------------------
 def d_logistic_loss(real_logits, fake_logits):
     """L_D = -E[log D(x)] - E[log(1 - D(G(z)))].  Logits [N] and [M] -> scalar."""
@@ -383,7 +386,8 @@ class Trainer:
 
     def __init__(self, model, settings, device, amp):
         self.model, self.settings, self.device, self.amp = model, settings, device, amp
-        options = dict(lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=device != "mps")
+        options = dict(lr=settings.lr, betas=(settings.beta1, settings.beta2),
+                       fused=device != "mps")
         self.opt_G = torch.optim.Adam(model.G.parameters(), **options)
         self.opt_D = torch.optim.Adam(model.D.parameters(), **options)
         self.scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")   # fp16 alone underflows
@@ -391,7 +395,7 @@ class Trainer:
         self.step = 0
 
     def draw(self, images):
-        """A batch of real images float [B, 3, R, R] in [-1, 1], with replacement, and z [B, z_dim]."""
+        """Real images float [B, 3, R, R] in [-1, 1], with replacement, and z [B, z_dim]."""
         b = self.settings.batch_size
         real = to_float(images[torch.randint(len(images), (b,), generator=self.random)])
         if self.settings.flip:
@@ -481,7 +485,7 @@ def calibrate_batchnorm(G, z_dim, samples=4096, batch=256, seed=0):
     if norms:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None                                  # None: the plain mean of all batches
+            norm.momentum = None                           # None: the plain mean of all batches
         device = next(G.parameters()).device
         random = torch.Generator().manual_seed(seed)
         G.train()
@@ -515,6 +519,13 @@ class Progress:
               end="\r" if self.terminal and step < self.last else "\n")
 
 
+def check_finite(losses, step):
+    """Stop before a checkpoint is overwritten by one whose weights are lost."""
+    if not all(math.isfinite(value) for value in losses.values()):
+        raise UserError(f"a loss is not finite at step {step}: the training diverged; "
+                        "try a lower --lr (the last checkpoint is kept)")
+
+
 def pretrain(images, model, settings, out, device="cpu", amp="off", resume=False, save_every=1000):
     """Train a source model from scratch and save it.
 
@@ -542,6 +553,7 @@ def pretrain(images, model, settings, out, device="cpu", amp="off", resume=False
         losses = trainer.train_step(images)
         progress.show(trainer.step, losses)
         if trainer.step % save_every == 0 or trainer.step == settings.steps:
+            check_finite(losses, trainer.step)
             save()
     return model
 
@@ -550,16 +562,15 @@ def pretrain(images, model, settings, out, device="cpu", amp="off", resume=False
 # The importance of weights: diagonal Fisher information
 # --------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def frozen(*networks):
-    """Networks in eval mode, as they were afterwards: train/eval mode and requires_grad."""
-    modules = [m for net in networks for m in net.modules()]
-    modes = [m.training for m in modules]
+def evaluating(*networks):
+    """Networks in eval mode, where no image depends on another; afterwards in the mode they had."""
+    modes = {module: module.training for net in networks for module in net.modules()}
     for net in networks:
         net.eval()
     try:
         yield
     finally:
-        for module, mode in zip(modules, modes):
+        for module, mode in modes.items():
             module.training = mode
 
 
@@ -581,7 +592,7 @@ def fisher_diagonal(G, D, z):
         raise ValueError("fisher_diagonal needs at least one z")
     parameters = {name: p for name, p in G.named_parameters() if p.requires_grad}
     F = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    with frozen(G, D), torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+    with evaluating(G, D), torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         for i in range(len(z)):
             log_likelihood = nnF.logsigmoid(D(G(z[i:i + 1]))).sum()         # log D(G(z_i))
             gradients = torch.autograd.grad(log_likelihood, list(parameters.values()),
@@ -632,7 +643,7 @@ def adapt(source, images, settings, out=None, device="cpu", amp="off", resume=Fa
     Returns an Adaptation.
     """
     model = copy.deepcopy(source)
-    model.G = copy.deepcopy(source.G_ema).requires_grad_(True).eval()   # eval: BatchNorm stays fixed
+    model.G = copy.deepcopy(source.G_ema).requires_grad_(True).eval()   # so BatchNorm is fixed
     model.D.requires_grad_(True).train()
     z = torch.randn(settings.fisher_samples, model.z_dim,
                     generator=torch.Generator().manual_seed(settings.seed)).to(device)
@@ -650,6 +661,7 @@ def adapt(source, images, settings, out=None, device="cpu", amp="off", resume=Fa
         progress.show(trainer.step, losses)
         if trainer.step % 10 == 0 or trainer.step == settings.steps:
             row = {name: float(value) for name, value in losses.items()}
+            check_finite(row, trainer.step)
             change = float(relative_change(dict(model.G.named_parameters()), theta_S))
             log.append({"step": trainer.step, **row,
                         "share": row["penalty"] / (row["loss_G"] + row["penalty"]),
@@ -722,54 +734,45 @@ def load_checkpoint(path, device="cpu"):
         model.G.load_state_dict(c["G_ema"])
         model.D.load_state_dict(c["D"])
     except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]})")
+        raise UserError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})")
     return model
 
 
 # --------------------------------------------------------------------------------------------------
 # Pictures
 # --------------------------------------------------------------------------------------------------
-def image_grid(images, columns, scale=1):
-    """float [N, 3, R, R] in [-1, 1] -> one PIL picture, row by row, a white line between images."""
-    n, _, height, width = images.shape
-    pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    rows = math.ceil(n / columns)
-    height, width = height * scale, width * scale
-    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
-    for i, image in enumerate(pixels):
-        tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(tile, (i % columns * (width + 2), i // columns * (height + 2)))
-    return sheet
-
-
-FONT_SIZE = 13
+def image_grid(images, columns, scale=1, gap=2):
+    """float [N, 3, R, R] in [-1, 1] -> one PIL picture, row by row, white lines between images."""
+    grid = make_grid(nnF.interpolate(images, scale_factor=scale), columns, gap, pad_value=1)
+    return to_pil_image(((grid + 1) * 127.5).round().clamp(0, 255).byte())
 
 
 def canvas(width, height):
-    """A white picture, and a function that writes on it at (x, y)."""
+    """A white picture, a pen that draws on it, and a function that writes on it at (x, y)."""
     sheet = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     return sheet, pen, lambda x, y, text, **k: pen.text((x, y), text, "black", font, **k)
 
 
 def samples_picture(shots, source, adapted, columns=8):
     """The shots at the left; at the right, in pairs of rows, the same z before and after."""
-    scale = max(1, 96 // shots.shape[-1])
+    scale = max(1, 128 // shots.shape[-1])
     pairs = [image_grid(torch.cat([source[i:i + columns], adapted[i:i + columns]]), columns, scale)
              for i in range(0, len(source), columns)]
-    left, step = image_grid(shots[:9 * len(pairs)], 4, scale), pairs[0].height + 12
-    x = left.width + 32
-    sheet, _, write = canvas(x + pairs[0].width + 8, 26 + step * len(pairs))
-    write(8, 5, f"{len(shots)} target images")
-    write(x, 5, "upper row: source;  lower row: adapted, from the same z")
-    sheet.paste(left, (8, 26))
+    left, step = image_grid(shots[:6 * len(pairs)], 3, scale), pairs[0].height + 10
+    x = left.width + 30
+    sheet, _, write = canvas(x + pairs[0].width + 6, 26 + step * len(pairs))
+    write(8, 5, f"the {len(shots)} target images")
+    write(x, 5, "upper row: source.   lower row: adapted, each from the z of the image above it")
+    sheet.paste(left, (6, 26))
     for i, pair in enumerate(pairs):
         sheet.paste(pair, (x, 26 + i * step))
     return sheet
 
 
 CURVES = {"loss_D": "loss of D", "loss_G": "adversarial loss of G", "penalty": "lambda * penalty",
-          "share": "share of the penalty in G's loss", "change": "|theta - theta_S| / |theta_S|"}
+          "share": "share of the penalty in the loss of G",
+          "change": "|theta - theta_S| / |theta_S|"}
 
 
 def curves_picture(log, width=420, height=150):
@@ -819,8 +822,9 @@ def layers_picture(rows, bar=300, height=20):
     for i, ((name, fisher, change), log) in enumerate(zip(rows, logs)):
         y = 28 + i * height
         write(8, y, name)
-        for x, share, color, label in ((130, (log - low) / (high - low), "#c0392b", f"{fisher:.1e}"),
-                                       (200 + bar, change / most, "#1f5fa8", f"{change:.2f}")):
+        bars = ((130, (log - low) / (high - low), "#c0392b", f"{fisher:.1e}"),
+                (200 + bar, change / most, "#1f5fa8", f"{change:.2f}"))
+        for x, share, color, label in bars:
             pen.rectangle([x, y + 1, x + share * bar, y + height - 4], fill=color)
             write(x + share * bar + 5, y, label)
     return sheet
@@ -830,18 +834,19 @@ def layers_picture(rows, bar=300, height=20):
 def save_interpolation(path, source, model, stops=5, frames=12, seed=0, columns=4):
     """A GIF that walks through z: source in the upper row, adapted in the lower, the same z."""
     device = next(model.G_ema.parameters()).device
-    corners = torch.randn(columns, stops, model.z_dim, generator=torch.Generator().manual_seed(seed))
+    random = torch.Generator().manual_seed(seed)
+    corners = torch.randn(columns, stops, model.z_dim, generator=random)
     pictures = []
     for i in range(stops):
         a, b = corners[:, i], corners[:, (i + 1) % stops]
         for t in np.linspace(0, math.pi / 2, frames, endpoint=False):
-            z = (math.cos(t) * a + math.sin(t) * b).to(device)       # keeps the length of a Gaussian z
+            z = (math.cos(t) * a + math.sin(t) * b).to(device)      # keeps the length of a z
             rows = torch.cat([source.G_ema(z), model.G_ema(z)]).clamp(-1, 1).float().cpu()
-            pictures.append(image_grid(rows, columns, max(1, 96 // model.resolution)))
+            pictures.append(image_grid(rows, columns, max(1, 128 // model.resolution)))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
 
 
-def write_run(out, source, shots, result, samples=24):
+def write_run(out, source, shots, result, samples=16):
     """All pictures and tables of a run."""
     model = result.model
     rows = layers(dict(model.G_ema.named_parameters()), result.theta_S, result.F)
@@ -866,7 +871,8 @@ class Parser(argparse.ArgumentParser):
 
 def choose_device(name, amp):
     """'auto' -> the best there is.  Returns device and amp, neither of them 'auto'."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
         name = next(kind for kind in found if found[kind])
     if not found[name]:
@@ -897,7 +903,7 @@ def add_device_options(parser):
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
                         help="auto: cuda, else mps, else cpu (default: auto)")
     parser.add_argument("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
-                        help="mixed precision; auto: where the device is fast at it (default: auto)")
+                        help="mixed precision; auto: where the device is fast with it (default)")
 
 
 def parse_arguments(argv):
@@ -922,7 +928,8 @@ def parse_arguments(argv):
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=d.seed,
                    help=f"seed of all random numbers (default: {d.seed})")
     p.add_argument("--resume", action="store_true", help="go on from adapted.pt in --out")
-    p.add_argument("--dry-run", action="store_true", help="check all input, print the settings, stop")
+    p.add_argument("--dry-run", action="store_true",
+                   help="check all input, print the settings, write nothing")
     p.add_argument("--checkpoint", type=Path, help="with --generate: the model to sample from")
     p.add_argument("--generate", type=number(int, 1), metavar="N",
                    help="write N images as separate PNG files into --out, then stop")
@@ -955,7 +962,7 @@ def run_generate(args, device):
     model = load_checkpoint(args.checkpoint, device)
     make_folder(args.out)
     for i, image in enumerate(generate(model, args.generate, args.seed)):
-        image_grid(image[None], 1).save(args.out / f"{i:05d}.png")
+        image_grid(image[None], 1, gap=0).save(args.out / f"{i:05d}.png")
     print(f"{args.generate} images in {args.out}")
 
 

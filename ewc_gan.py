@@ -28,7 +28,7 @@ import os
 import pickle
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 HERE = Path(__file__).resolve().parent
+SOURCE = "data/source_dcgan.pt"             # the better of the two shipped sources
 
 
 class UserError(Exception):
@@ -51,26 +52,33 @@ class UserError(Exception):
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Settings:
-    """What both trainings share; the defaults are those of the adaptation to ten images."""
-    steps: int = 600             # long enough to take the look on; longer, and the shots are copied
-    batch_size: int = 4          # ten shots hold no more than this many different gradients
-    lr: float = 5e-4             # of Adam, for G and D alike
+    """What both trainings share; the defaults are those of a DCGAN's adaptation to ten images."""
+    steps: int = 800             # long enough to take on the look; later on, the shots are copied
+    batch_size: int = 4          # ten shots hold little more than four images do
+    lr: float = 1e-3             # of Adam, for G
+    d_lr_ratio: float = 0.05     # D's learning rate over G's: slow, or D knows the shots by heart
     lr_decay: float = 0.0        # if set, lr / sqrt(1 + step / lr_decay): fast first, then finer
     beta1: float = 0.5           # DCGAN's value: less momentum, for the target moves (Radford 2016)
     beta2: float = 0.99
-    r1_gamma: float = 1.0        # weight of the R1 penalty on D
+    r1_gamma: float = 3.0        # weight of the R1 penalty on D
     r1_every: int = 16           # R1 is costly and changes slowly: every 16th step, 16-fold
     ema: float = 0.999           # largest decay of G's moving average; at step t: 1 - 9 / (10 + t)
     flip: bool = True            # mirrored images are images of the same domain
-    lam: float = 300.0           # lambda, the strength of EWC; 0 is plain fine-tuning
+    lam: float = 500.0           # lambda, the strength of EWC; 0 is plain fine-tuning
     fisher_samples: int = 256    # N of the Fisher estimate
     seed: int = 0
 
 
-# Pretraining sees thousands of images: larger batches and steps, a long average, no penalty.
-SOURCE_SETTINGS = {
-    "dcgan": dict(steps=40000, batch_size=16, lr=2e-3, lr_decay=3000.0, lam=0.0),
-    "stylegan": dict(steps=25000, batch_size=16, lr=5e-3, lr_decay=3000.0, beta1=0.0, lam=0.0),
+# Equalised learning rates store weights as N(0, 1): the same relative step needs a larger lr, and
+# the Fisher information of weights that large is smaller.
+ADAPT = {"dcgan": Settings(), "stylegan": Settings(lr=3e-3, d_lr_ratio=0.1, lam=500.0)}
+
+# Pretraining sees thousands of images: larger batches and steps, D as fast as G, no penalty.
+PRETRAIN = {
+    "dcgan": Settings(steps=40000, batch_size=16, lr=2e-3, d_lr_ratio=1.0, lr_decay=3000.0,
+                      r1_gamma=1.0, lam=0.0),
+    "stylegan": Settings(steps=25000, batch_size=16, lr=5e-3, d_lr_ratio=1.0, lr_decay=3000.0,
+                         r1_gamma=1.0, beta1=0.0, lam=0.0),
 }
 
 
@@ -386,9 +394,8 @@ class Trainer:
 
     def __init__(self, model, settings, device, amp):
         self.model, self.settings, self.device, self.amp = model, settings, device, amp
-        options = dict(lr=settings.lr, betas=(settings.beta1, settings.beta2),
-                       fused=device != "mps")
-        self.opt_G = torch.optim.Adam(model.G.parameters(), **options)
+        options = dict(betas=(settings.beta1, settings.beta2), fused=device != "mps")
+        self.opt_G = torch.optim.Adam(model.G.parameters(), **options)      # lr: in train_step
         self.opt_D = torch.optim.Adam(model.D.parameters(), **options)
         self.scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")   # fp16 alone underflows
         self.random = torch.Generator().manual_seed(settings.seed)          # the same on any device
@@ -412,9 +419,9 @@ class Trainer:
         """
         G, D, s = self.model.G, self.model.D, self.settings
         real, z = self.draw(images)
-        if s.lr_decay:
-            for group in self.opt_G.param_groups + self.opt_D.param_groups:
-                group["lr"] = s.lr / math.sqrt(1 + self.step / s.lr_decay)
+        lr = s.lr / math.sqrt(1 + self.step / s.lr_decay) if s.lr_decay else s.lr
+        self.opt_G.param_groups[0]["lr"] = lr
+        self.opt_D.param_groups[0]["lr"] = lr * s.d_lr_ratio
 
         D.requires_grad_(True)
         with autocast(self.device, self.amp):
@@ -531,7 +538,7 @@ def pretrain(images, model, settings, out, device="cpu", amp="off", resume=False
 
     images    uint8 [N, 3, R, R]
     model     a fresh one of build_model(); trained in place
-    settings  Settings; SOURCE_SETTINGS has good ones for each family
+    settings  Settings; PRETRAIN has good ones for each family
     out       the checkpoint to write: G_ema and D, all that an adaptation needs.  Beside it stand
               OUT.png with samples, and OUT.train, from which resume=True goes on bit for bit.
     """
@@ -899,7 +906,29 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def add_device_options(parser):
+def defaults(table, name):
+    """The default of a setting, for --help: one value, or one for each family."""
+    values = {arch: getattr(settings, name) for arch, settings in table.items()}
+    text = ", ".join(f"{value:g} for {arch}" for arch, value in values.items())
+    return f"{next(iter(values.values())):g}" if len(set(values.values())) == 1 else text
+
+
+def chosen(args):
+    """The settings that the command line names, to replace the defaults."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_shared_options(parser, table):
+    """The options of both programs."""
+    for option, kind, text in [
+            ("--steps", number(int, 1), "training steps"),
+            ("--batch-size", number(int, 1), "images a step"),
+            ("--lr", number(float, 0, 1), "Adam's learning rate for G"),
+            ("--r1-gamma", number(float, 0), "weight of the R1 penalty on D"),
+            ("--seed", number(int, 0, 2**63 - 1), "seed of all random numbers")]:
+        default = defaults(table, option[2:].replace("-", "_"))
+        parser.add_argument(option, type=kind, help=f"{text} (default: {default})")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
                         help="auto: cuda, else mps, else cpu (default: auto)")
     parser.add_argument("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
@@ -907,33 +936,23 @@ def add_device_options(parser):
 
 
 def parse_arguments(argv):
-    d = Settings()
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
     p.add_argument("--target", type=Path, help="folder with the few images to adapt to")
-    p.add_argument("--source", type=Path, default=None,
-                   help="checkpoint of the source model (default: data/source_dcgan.pt)")
+    p.add_argument("--source", type=Path, help=f"the source model (default: {SOURCE})")
     p.add_argument("--out", type=Path, help="folder for the results (default: out/TARGET)")
     p.add_argument("--shots", type=number(int, 1), help="use the first K images (default: all)")
-    p.add_argument("--steps", type=number(int, 1), default=d.steps,
-                   help=f"training steps (default: {d.steps})")
-    p.add_argument("--batch-size", type=number(int, 1), default=d.batch_size,
-                   help=f"images a step (default: {d.batch_size})")
-    p.add_argument("--lr", type=number(float, 0, 1), default=d.lr,
-                   help=f"Adam's learning rate, G and D (default: {d.lr})")
-    p.add_argument("--lam", type=number(float, 0), default=d.lam,
-                   help=f"lambda, the strength of EWC; 0: plain fine-tuning (default: {d.lam:g})")
-    p.add_argument("--fisher-samples", type=number(int, 1), default=d.fisher_samples,
-                   help=f"samples for the Fisher information (default: {d.fisher_samples})")
-    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=d.seed,
-                   help=f"seed of all random numbers (default: {d.seed})")
+    p.add_argument("--lam", type=number(float, 0), help="lambda, the strength of EWC; 0: plain "
+                   f"fine-tuning (default: {defaults(ADAPT, 'lam')})")
+    p.add_argument("--fisher-samples", type=number(int, 1), help="samples for the Fisher "
+                   f"information (default: {defaults(ADAPT, 'fisher_samples')})")
+    add_shared_options(p, ADAPT)
     p.add_argument("--resume", action="store_true", help="go on from adapted.pt in --out")
     p.add_argument("--dry-run", action="store_true",
                    help="check all input, print the settings, write nothing")
     p.add_argument("--checkpoint", type=Path, help="with --generate: the model to sample from")
     p.add_argument("--generate", type=number(int, 1), metavar="N",
                    help="write N images as separate PNG files into --out, then stop")
-    add_device_options(p)
     args = p.parse_args(argv)
     given = {a.dest for a in p._actions if getattr(args, a.dest, a.default) != a.default}
     if args.generate or args.checkpoint:
@@ -961,16 +980,15 @@ def make_folder(path):
 def run_generate(args, device):
     model = load_checkpoint(args.checkpoint, device)
     make_folder(args.out)
-    for i, image in enumerate(generate(model, args.generate, args.seed)):
+    for i, image in enumerate(generate(model, args.generate, args.seed or 0)):
         image_grid(image[None], 1, gap=0).save(args.out / f"{i:05d}.png")
     print(f"{args.generate} images in {args.out}")
 
 
 def run_adapt(args, device, amp):
-    source_path = args.source or HERE / "data" / "source_dcgan.pt"
-    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)
-                           if hasattr(args, f.name)})
+    source_path = args.source or HERE / SOURCE
     source = load_checkpoint(source_path, device)
+    settings = replace(ADAPT[source.arch], **chosen(args))
     shots = read_folder(args.target, source.resolution, args.shots)
     out = args.out or Path("out") / args.target.resolve().name
     config = {**asdict(settings), "target": str(args.target), "shots": len(shots),

@@ -9,7 +9,7 @@ every thousand steps; stop it whenever the samples are good enough.
 """
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -31,44 +31,28 @@ def draw_source_images(resolution):
 def parse_arguments(argv):
     p = ewc_gan.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                        allow_abbrev=False)
-    number, defaults = ewc_gan.number, ewc_gan.SOURCE_SETTINGS
-
-    def of_family(name):
-        values = {arch: ewc_gan.Settings(**value) for arch, value in defaults.items()}
-        return ", ".join(f"{getattr(value, name)} for {arch}" for arch, value in values.items())
-
     p.add_argument("--data", type=Path,
                    help="folder of images, nested or not (default: the program draws faces)")
-    p.add_argument("--arch", default="dcgan", choices=sorted(defaults),
+    p.add_argument("--arch", default="dcgan", choices=sorted(ewc_gan.PRETRAIN),
                    help="family of networks (default: dcgan)")
     p.add_argument("--resolution", type=int, default=64, choices=[32, 64, 128, 256],
                    help="(default: 64)")
-    p.add_argument("--steps", type=number(int, 1), help=f"(default: {of_family('steps')})")
-    p.add_argument("--batch-size", type=number(int, 1),
-                   help=f"(default: {of_family('batch_size')})")
-    p.add_argument("--lr", type=number(float, 0, 1), help=f"(default: {of_family('lr')})")
-    p.add_argument("--r1-gamma", type=number(float, 0),
-                   help=f"weight of the R1 penalty (default: {of_family('r1_gamma')})")
-    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: 0)")
     p.add_argument("--out", type=Path, help="(default: out/source_ARCH.pt)")
     p.add_argument("--init", type=Path,
                    help="start from this checkpoint's weights; it decides --arch, --resolution")
     p.add_argument("--resume", action="store_true", help="go on from OUT.train")
-    ewc_gan.add_device_options(p)
+    ewc_gan.add_shared_options(p, ewc_gan.PRETRAIN)
     return p.parse_args(argv)
 
 
 def run(args):
     device, amp = ewc_gan.choose_device(args.device, args.amp)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed or 0)           # of the weights that training starts from
     if args.init:
         model = ewc_gan.load_checkpoint(args.init, device)
     else:
         model = ewc_gan.build_model(args.arch, args.resolution, device)
-    chosen = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "r1_gamma")
-              if getattr(args, name) is not None}
-    settings = ewc_gan.Settings(**{**ewc_gan.SOURCE_SETTINGS[model.arch], **chosen,
-                                   "seed": args.seed})
+    settings = replace(ewc_gan.PRETRAIN[model.arch], **ewc_gan.chosen(args))
     out = args.out or Path("out") / f"source_{model.arch}.pt"
     ewc_gan.make_folder(out.parent)
     print("  ".join(f"{key}={value}" for key, value in asdict(settings).items()), flush=True)

@@ -276,8 +276,8 @@ def fine_tune_by_hand(source, images, settings):
     """Plain fine-tuning, written out: the oracle for lam = 0 and for the training step."""
     G, D = copy.deepcopy(source.G_ema).requires_grad_(True), copy.deepcopy(source.D).train()
     ema = [p.detach().clone() for p in G.parameters()]
-    adam = [torch.optim.Adam(net.parameters(), settings.lr, (settings.beta1, settings.beta2),
-                             fused=True) for net in (G, D)]
+    adam = [torch.optim.Adam(net.parameters(), lr, (settings.beta1, settings.beta2), fused=True)
+            for net, lr in ((G, settings.lr), (D, settings.lr * settings.d_lr_ratio))]
     random = torch.Generator().manual_seed(settings.seed)
     for step in range(settings.steps):
         batch = images[torch.randint(len(images), (settings.batch_size,), generator=random)]

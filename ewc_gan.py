@@ -25,9 +25,10 @@ import hashlib
 import json
 import math
 import os
-import pickle
+import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class UserError(Exception):
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Settings:
-    """What both trainings share; the defaults are those of a DCGAN's adaptation to ten images."""
+    """Of a training; the defaults are those of a DCGAN's adaptation to ten images."""
     steps: int = 800             # long enough to take on the look; later on, the shots are copied
     batch_size: int = 4          # ten shots hold little more than four images do
     lr: float = 1e-3             # of Adam, for G
@@ -64,18 +65,17 @@ class Settings:
     r1_every: int = 16           # R1 is costly and changes slowly: every 16th step, 16-fold
     ema: float = 0.999           # largest decay of G's moving average; at step t: 1 - 9 / (10 + t)
     flip: bool = True            # mirrored images are images of the same domain
-    lam: float = 500.0           # lambda, the strength of EWC; 0 is plain fine-tuning
+    lam: float = 300.0           # lambda, the strength of EWC; 0 is plain fine-tuning
     fisher_samples: int = 256    # N of the Fisher estimate
     seed: int = 0
 
 
-# Equalised learning rates store weights as N(0, 1): the same relative step needs a larger lr, and
-# the Fisher information of weights that large is smaller.
-ADAPT = {"dcgan": Settings(), "stylegan": Settings(lr=3e-3, d_lr_ratio=0.1, lam=500.0)}
+# Equalised learning rates store weights as N(0, 1): the same relative step needs a larger lr.
+ADAPT = {"dcgan": Settings(), "stylegan": Settings(lr=3e-3, d_lr_ratio=0.1, lam=100.0)}
 
 # Pretraining sees thousands of images: larger batches and steps, D as fast as G, no penalty.
 PRETRAIN = {
-    "dcgan": Settings(steps=40000, batch_size=16, lr=2e-3, d_lr_ratio=1.0, lr_decay=3000.0,
+    "dcgan": Settings(steps=24000, batch_size=16, lr=2e-3, d_lr_ratio=1.0, lr_decay=3000.0,
                       r1_gamma=1.0, lam=0.0),
     "stylegan": Settings(steps=25000, batch_size=16, lr=5e-3, d_lr_ratio=1.0, lr_decay=3000.0,
                          r1_gamma=1.0, beta1=0.0, lam=0.0),
@@ -93,11 +93,15 @@ def read_image(path, resolution):
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)        # phones store "turn me" beside the pixels
-            if image.mode.startswith("I"):            # 16-bit grey: convert() would clip, not scale
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode.startswith("I"):               # 16 bits: convert() would clip, not scale
+                values = np.asarray(image)
+                values = values // (257 if values.max() > 255 else 1)
+                image = Image.fromarray(values.astype("uint8"))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no agreed range")
             image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not an image that can be read ({error}); mend or remove it")
@@ -106,12 +110,14 @@ def read_image(path, resolution):
     return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
 
 
-def read_folder(folder, resolution, limit=None):
+def read_folder(folder, resolution):
     """Every image below a folder, in the order of their names, as uint8 [N, 3, R, R]."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)[:limit]
+    paths = sorted(path for path in folder.rglob("*")
+                   if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+                   and not any(part[0] == "." for part in path.relative_to(folder).parts))
     if not paths:
         raise UserError(f"{folder}: no images in it or below it "
                         f"({' '.join(sorted(IMAGE_SUFFIXES))})")
@@ -119,16 +125,17 @@ def read_folder(folder, resolution, limit=None):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def to_float(pixels):
-    """uint8 0..255 to float -1..1."""
-    return pixels.float() / 127.5 - 1
+def to_float(images):
+    """uint8 0..255 -> float -1..1; floats are taken to be in -1..1 already."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def load_images(folder, resolution):
     """Load every image below a folder: float [N, 3, R, R] in [-1, 1], in the order of their names.
 
     Any size and mode (RGBA on white, greyscale, palette, 16-bit, CMYK), nested folders, turned by
-    EXIF.  Raises UserError where the folder is missing or empty, or a file cannot be read.
+    EXIF; hidden files are left out.  Raises UserError where the folder is missing or empty, or a
+    file cannot be read.
     """
     return to_float(read_folder(folder, resolution))
 
@@ -216,7 +223,8 @@ class EqualizedConv(nn.Module):
 
 
 class ModulatedConv(nn.Module):
-    """Convolution whose input channels are scaled by a style s(w) (Karras et al. 2020).
+    """x [N, I, H, W], w [N, w_dim] -> [N, O, H, W]: a convolution whose input channels are scaled
+    by a style s(w) (Karras et al. 2020).
 
     Demodulation divides each output channel by the norm that its weights have after the scaling.
     Both are done on the activations, which is equal to doing it on a weight per image, and cheaper.
@@ -239,6 +247,7 @@ class ModulatedConv(nn.Module):
 
 
 def upsample(x):
+    """[N, C, H, W] -> [N, C, 2H, 2W]"""
     return nnF.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
@@ -284,10 +293,10 @@ class MinibatchStd(nn.Module):
         self.register_buffer("running_std", torch.zeros(()))
 
     def forward(self, x):
-        n, _, height, width = x.shape
-        if not self.training:
+        n, _, height, width = x.shape                                           # [N, C, H, W]
+        group = max(g for g in range(1, self.group + 1) if n % g == 0)
+        if group == 1 or not self.training:                                     # nothing to compare
             return torch.cat([x, self.running_std.to(x.dtype).expand(n, 1, height, width)], 1)
-        group = math.gcd(n, self.group)
         variance = x.float().unflatten(0, (group, -1)).var(0, unbiased=False)    # [N/g, C, H, W]
         std = (variance + 1e-8).sqrt().mean((1, 2, 3))                          # [N/g]
         with torch.no_grad():
@@ -343,6 +352,12 @@ class Model:
     D: nn.Module
 
 
+def memory_format(device):
+    """The order of memory in which convolutions of this size are fastest."""
+    return (torch.contiguous_format if torch.device(device).type == "mps"      # not safe there
+            else torch.channels_last)
+
+
 def build_model(arch, resolution, device="cpu", z_dim=None, g_channels=None, d_channels=None):
     """A fresh model.  arch: 'dcgan' or 'stylegan'; resolution: 32, 64, 128 or 256."""
     make_G, make_D, default_z_dim = FAMILIES[arch]
@@ -350,8 +365,7 @@ def build_model(arch, resolution, device="cpu", z_dim=None, g_channels=None, d_c
     g_default, d_default = widths(arch, resolution)
     g_channels, d_channels = g_channels or g_default, d_channels or d_default
     G, D = make_G(z_dim, g_channels), make_D(d_channels)
-    # channels-last: the memory order in which convolutions of this size are fastest
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
+    G, D = (net.to(device, memory_format=memory_format(device)) for net in (G, D))
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     return Model(arch, resolution, z_dim, g_channels, d_channels, G, G_ema, D)
 
@@ -385,19 +399,21 @@ def d_r1_loss(D, real):
 # --------------------------------------------------------------------------------------------------
 def autocast(device, amp):
     """Automatic mixed precision: networks in bf16 or fp16, everything else left in float32."""
-    dtype = {"off": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return torch.autocast(torch.device(device).type, dtype, enabled=amp != "off")
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=amp != "off")
 
 
 class Trainer:
     """Model, optimisers and random numbers of one training; all of it goes into a checkpoint."""
 
-    def __init__(self, model, settings, device, amp):
-        self.model, self.settings, self.device, self.amp = model, settings, device, amp
-        options = dict(betas=(settings.beta1, settings.beta2), fused=device != "mps")
+    def __init__(self, model, settings, amp):
+        self.model, self.settings, self.amp = model, settings, amp
+        self.device = next(model.G.parameters()).device
+        options = dict(betas=(settings.beta1, settings.beta2), fused=self.device.type != "mps")
         self.opt_G = torch.optim.Adam(model.G.parameters(), **options)      # lr: in train_step
         self.opt_D = torch.optim.Adam(model.D.parameters(), **options)
-        self.scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")   # fp16 alone underflows
+        # fp16 alone needs its loss scaled, or small gradients become 0
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.random = torch.Generator().manual_seed(settings.seed)          # the same on any device
         self.step = 0
 
@@ -409,12 +425,14 @@ class Trainer:
             mirror = torch.rand(b, generator=self.random) < 0.5
             real = torch.where(mirror[:, None, None, None], real.flip(3), real)
         z = torch.randn(b, self.model.z_dim, generator=self.random)
-        real = real.contiguous(memory_format=torch.channels_last)
-        return real.to(self.device, non_blocking=True), z.to(self.device, non_blocking=True)
+        return (real.to(self.device, memory_format=memory_format(self.device)),
+                z.to(self.device))
 
     def train_step(self, images, pull=None):
-        """One step of D, one of G.  pull: a function of G, added to its loss (the EWC penalty).
+        """One step of D, one of G.
 
+        images  uint8 [N, 3, R, R], or float in [-1, 1]
+        pull    a function of G that is added to its loss: lambda * the EWC penalty
         Returns a dict of scalar tensors, still on the device: to look at them costs a wait.
         """
         G, D, s = self.model.G, self.model.D, self.settings
@@ -439,6 +457,7 @@ class Trainer:
         loss_G = g_nonsaturating_loss(fake_logits.float())
         penalty = pull(G) if pull else torch.zeros_like(loss_G)
         self.update(self.opt_G, loss_G + penalty)
+        D.requires_grad_(True)
         self.scaler.update()
         # A short average at first: a fixed long one is a copy of where it started, for ever so long
         accumulate(self.model.G_ema, G, min(s.ema, (1 + self.step) / (10 + self.step)))
@@ -450,26 +469,67 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
 
+    def run(self, images, label, save, save_every, pull=None, look=None):
+        """Train to the last step.  save() is called now and then, at the end, and upon Ctrl-C;
+        look(losses, images per second) at every tenth step."""
+        progress = Progress(self.step, self.settings.steps, label)
+        with ctrl_c() as asked_to_stop:
+            while self.step < self.settings.steps and not asked_to_stop:
+                losses = self.train_step(images, pull)
+                progress.show(self.step, losses)
+                last = self.step == self.settings.steps or asked_to_stop
+                if look and (last or self.step % 10 == 0):
+                    look(losses, self.settings.batch_size / progress.seconds_per_step(self.step))
+                if last or self.step % save_every == 0:
+                    self.check_finite()
+                    save()
+        if asked_to_stop:
+            raise KeyboardInterrupt
+
+    def check_finite(self):
+        """Stop before a good checkpoint is overwritten by one whose weights are lost."""
+        weights = [*self.model.G.parameters(), *self.model.D.parameters()]
+        if not all(weight.isfinite().all() for weight in weights):
+            raise UserError(f"weights are not finite at step {self.step}: the training diverged; "
+                            "try a lower --lr (the last good checkpoint is kept)")
+
     def parts(self):
         return {"G": self.model.G, "D": self.model.D, "G_ema": self.model.G_ema,
                 "opt_G": self.opt_G, "opt_D": self.opt_D, "scaler": self.scaler}
 
-    def state(self):
-        """All that the next step depends on."""
-        return {"step": self.step, "random": self.random.get_state(),
+    def state(self, **origin):
+        """All that the next step depends on; origin: what a resumed run must have in common."""
+        origin = {**asdict(self.settings), "amp": self.amp, **origin}
+        del origin["steps"]
+        return {"step": self.step, "random": self.random.get_state(), "origin": origin,
                 **{name: part.state_dict() for name, part in self.parts().items()}}
 
-    def resume(self, path):
+    def resume(self, path, **origin):
         """Go on from the state in a checkpoint, which is returned whole."""
         checkpoint = read_checkpoint(path)
         if "training" not in checkpoint:
             raise UserError(f"{path}: holds a finished model, not a training that can be resumed")
         state = checkpoint["training"]
+        for name, value in self.state(**origin)["origin"].items():
+            if state["origin"].get(name) != value:
+                raise UserError(f"--resume: {name} was {state['origin'].get(name)} when {path} was "
+                                f"written, and is {value} now; use the same, or start anew")
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
         self.random.set_state(state["random"])
         self.step = state["step"]
         return checkpoint
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """Ctrl-C asks for a stop after the step at hand: half a step could not be resumed from."""
+    asked = []
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @torch.no_grad()
@@ -522,46 +582,33 @@ class Progress:
         left = int(per_step * (self.last - step))
         text = " ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
         print(f"{self.label}: step {step}/{self.last}  {text}  {per_step * 1000:.0f} ms/step  "
-              f"{left // 60}:{left % 60:02d} left", flush=True,
+              f"{left // 60}:{left % 60:02d} left" + "\033[K" * self.terminal, flush=True,
               end="\r" if self.terminal and step < self.last else "\n")
 
 
-def check_finite(losses, step):
-    """Stop before a checkpoint is overwritten by one whose weights are lost."""
-    if not all(math.isfinite(value) for value in losses.values()):
-        raise UserError(f"a loss is not finite at step {step}: the training diverged; "
-                        "try a lower --lr (the last checkpoint is kept)")
-
-
-def pretrain(images, model, settings, out, device="cpu", amp="off", resume=False, save_every=1000):
+def pretrain(images, model, settings, out, amp="off", resume=False, save_every=1000):
     """Train a source model from scratch and save it.
 
-    images    uint8 [N, 3, R, R]
-    model     a fresh one of build_model(); trained in place
+    images    uint8 [N, 3, R, R], or float in [-1, 1]
+    model     a fresh one of build_model(); trained in place, on its device
     settings  Settings; PRETRAIN has good ones for each family
     out       the checkpoint to write: G_ema and D, all that an adaptation needs.  Beside it stand
               OUT.png with samples, and OUT.train, from which resume=True goes on bit for bit.
     """
     out = Path(out)
-    trainer = Trainer(model, settings, device, amp)
-    state = out.with_name(out.name + ".train")
+    trainer, state = Trainer(model, settings, amp), out.with_name(out.name + ".train")
+    origin = {"arch": model.arch, "resolution": model.resolution, "images": len(images)}
     if resume:
-        trainer.resume(state)
+        trainer.resume(state, **origin)
     model.G.train(), model.D.train()
-    progress = Progress(trainer.step, settings.steps, "pretrain")
 
     def save():
         calibrate_batchnorm(model.G_ema, model.z_dim)
-        save_checkpoint(state, model, trainer)
+        save_checkpoint(state, model, training=trainer.state(**origin))
         save_checkpoint(out, model, step=trainer.step, settings=asdict(settings))
         image_grid(generate(model, 64), 8).save(out.with_suffix(".png"))
 
-    while trainer.step < settings.steps:
-        losses = trainer.train_step(images)
-        progress.show(trainer.step, losses)
-        if trainer.step % save_every == 0 or trainer.step == settings.steps:
-            check_finite(losses, trainer.step)
-            save()
+    trainer.run(images, "pretrain", save, save_every)
     return model
 
 
@@ -592,8 +639,8 @@ def fisher_diagonal(G, D, z):
 
     The likelihood of a GAN has no closed form; log D(G(z)) stands in for it (the paper's importance
     measure).  One sample at a time, because the mean of squares is wanted: the square of the mean
-    gradient of a batch is another, smaller thing.  float32 throughout: gradients of 1e-4 have
-    squares that half precision rounds to zero.  Neither network is changed in any way.
+    gradient of a batch is another, smaller thing.  Never in half precision, which rounds the square
+    of a gradient of 1e-4 to zero.  Neither network is changed in any way.
     """
     if len(z) == 0:
         raise ValueError("fisher_diagonal needs at least one z")
@@ -639,43 +686,43 @@ class Adaptation:
     log: list             # one dict for every tenth step: losses, penalty, ...
 
 
-def adapt(source, images, settings, out=None, device="cpu", amp="off", resume=False,
-          save_every=200):
+def adapt(source, images, settings, out=None, amp="off", resume=False, save_every=200):
     """Adapt a source model to a few images with EWC; lam = 0 is plain fine-tuning.
 
     source  Model, not changed.  theta_S is its G_ema: Fisher information, penalty and training all
             start from the averaged weights, for they make the better pictures.
-    images  uint8 [N, 3, R, R], N >= 1: the shots
+    images  the shots: uint8 [N, 3, R, R], or float in [-1, 1]; N >= 1
     out     where to keep a checkpoint as training goes on; resume=True goes on from it bit for bit
     Returns an Adaptation.
     """
     model = copy.deepcopy(source)
     model.G = copy.deepcopy(source.G_ema).requires_grad_(True).eval()   # so BatchNorm is fixed
     model.D.requires_grad_(True).train()
-    z = torch.randn(settings.fisher_samples, model.z_dim,
-                    generator=torch.Generator().manual_seed(settings.seed)).to(device)
+    trainer, log = Trainer(model, settings, amp), []
+
+    random = torch.Generator().manual_seed(settings.seed)
+    z = torch.randn(settings.fisher_samples, model.z_dim, generator=random).to(trainer.device)
     F = fisher_diagonal(model.G, model.D, z)
     theta_S = {name: p.detach().clone() for name, p in model.G.named_parameters()}
     lam = settings.lam
     pull = (lambda G: lam * ewc_penalty(G, theta_S, F)) if lam else None
 
-    trainer, log = Trainer(model, settings, device, amp), []
+    origin = {"images": len(images), "sum of F": float(sum(f.sum() for f in F.values()))}
     if resume:
-        log = trainer.resume(out)["log"]
-    progress = Progress(trainer.step, settings.steps, "adapt")
-    while trainer.step < settings.steps:
-        losses = trainer.train_step(images, pull)
-        progress.show(trainer.step, losses)
-        if trainer.step % 10 == 0 or trainer.step == settings.steps:
-            row = {name: float(value) for name, value in losses.items()}
-            check_finite(row, trainer.step)
-            change = float(relative_change(dict(model.G.named_parameters()), theta_S))
-            log.append({"step": trainer.step, **row,
-                        "share": row["penalty"] / (row["loss_G"] + row["penalty"]),
-                        "change": change, "images_per_s": 
-                        settings.batch_size / progress.seconds_per_step(trainer.step)})
-        if out and (trainer.step % save_every == 0 or trainer.step == settings.steps):
-            save_checkpoint(out, model, trainer, log=log)
+        log = trainer.resume(out, **origin)["log"]
+
+    def look(losses, images_per_s):
+        row = {name: float(value) for name, value in losses.items()}
+        change = float(relative_change(dict(model.G.named_parameters()), theta_S))
+        share = row["penalty"] / max(row["loss_G"] + row["penalty"], 1e-12)
+        log.append({"step": trainer.step, **row, "share": share, "change": change,
+                    "images_per_s": images_per_s})
+
+    def save():
+        if out:
+            save_checkpoint(out, model, training=trainer.state(**origin), log=log)
+
+    trainer.run(images, "adapt", save, save_every, pull, look)
     return Adaptation(model, theta_S, F, log)
 
 
@@ -683,38 +730,39 @@ def adapt(source, images, settings, out=None, device="cpu", amp="off", resume=Fa
 # Using a model, and keeping it
 # --------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def generate(model, n, seed=0, G=None):
-    """n images of G (the default is G_ema) as float [n, 3, R, R] in [-1, 1], on the CPU.
+def generate(model, n, seed=0):
+    """n images of G_ema as float [n, 3, R, R] in [-1, 1], on the CPU.
 
-    Image i of a seed is the same whatever n, and the same z serves a source and its adaptations.
+    Image i of a seed comes from the same z whatever n, in a source and in its adaptations.
     """
-    G = G or model.G_ema
-    device = next(G.parameters()).device
+    device = next(model.G_ema.parameters()).device
     random = torch.Generator().manual_seed(seed)
     z = torch.cat([torch.randn(1, model.z_dim, generator=random) for _ in range(n)])
-    return torch.cat([G(b.to(device)).clamp(-1, 1).float().cpu() for b in z.split(100)])
+    return torch.cat([model.G_ema(b.to(device)).clamp(-1, 1).float().cpu() for b in z.split(100)])
 
 
 FORMAT = "ewc-gan 1"
 
 
-def save_checkpoint(path, model, trainer=None, **extra):
-    """Write a model (G_ema and D), with trainer= also all that is needed to go on training.
+def save_checkpoint(path, model, **extra):
+    """Write a model: what it is, its G_ema and D, and extra; tensors, numbers and strings alone.
 
-    Tensors, numbers and strings alone.  Written under another name and renamed, so that a kill at
-    any moment leaves the old file or the new one.
+    Written under another name and renamed, so that a kill at any moment leaves the old file or the
+    new one.  Raises UserError where it cannot be written.
     """
     checkpoint = {"format": FORMAT, "arch": model.arch, "resolution": model.resolution,
                   "z_dim": model.z_dim, "g_channels": model.g_channels,
                   "d_channels": model.d_channels, "G_ema": model.G_ema.state_dict(),
                   "D": model.D.state_dict(), **extra}
-    if trainer:
-        checkpoint["training"] = trainer.state()
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
-    torch.save(checkpoint, unfinished)
-    os.replace(unfinished, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, unfinished)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:                     # RuntimeError: torch, disk full
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error})")
 
 
 def read_checkpoint(path):
@@ -722,8 +770,10 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                      # the error says it all
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                   # a damaged file can raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a checkpoint of this program, or damaged ({reason})")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
@@ -740,7 +790,7 @@ def load_checkpoint(path, device="cpu"):
         model.G_ema.load_state_dict(c["G_ema"])
         model.G.load_state_dict(c["G_ema"])
         model.D.load_state_dict(c["D"])
-    except (RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:
         raise UserError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})")
     return model
 
@@ -886,7 +936,8 @@ def choose_device(name, amp):
         raise UserError(f"--device {name}: PyTorch finds no such device here; use --device auto")
     if amp == "auto":
         if name == "cuda":
-            amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            amp = "bf16" if native else "fp16"
         else:                                     # a CPU without bf16 arithmetic is slower with it
             can = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
             amp = "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "off"
@@ -899,7 +950,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: a number from low to high."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     parse.__name__ = kind.__name__
@@ -924,7 +975,7 @@ def add_shared_options(parser, table):
     for option, kind, text in [
             ("--steps", number(int, 1), "training steps"),
             ("--batch-size", number(int, 1), "images a step"),
-            ("--lr", number(float, 0, 1), "Adam's learning rate for G"),
+            ("--lr", number(float, 1e-9, 1), "Adam's learning rate for G"),
             ("--r1-gamma", number(float, 0), "weight of the R1 penalty on D"),
             ("--seed", number(int, 0, 2**63 - 1), "seed of all random numbers")]:
         default = defaults(table, option[2:].replace("-", "_"))
@@ -958,7 +1009,7 @@ def parse_arguments(argv):
     if args.generate or args.checkpoint:
         if not (args.generate and args.checkpoint and args.out):
             raise UserError("--generate N, --checkpoint FILE and --out DIR go together; see --help")
-        unfit = given - {"generate", "checkpoint", "out", "seed", "device", "amp"}
+        unfit = given - {"generate", "checkpoint", "out", "seed", "device"}
         if unfit:
             raise UserError(f"--{min(unfit).replace('_', '-')} does not go with --generate")
     elif not args.target:
@@ -989,39 +1040,51 @@ def run_adapt(args, device, amp):
     source_path = args.source or HERE / SOURCE
     source = load_checkpoint(source_path, device)
     settings = replace(ADAPT[source.arch], **chosen(args))
-    shots = read_folder(args.target, source.resolution, args.shots)
+    shots = read_folder(args.target, source.resolution)
+    if args.shots and args.shots > len(shots):
+        raise UserError(f"--shots {args.shots}: {args.target} holds {len(shots)} images")
+    shots = shots[:args.shots]
     out = args.out or Path("out") / args.target.resolve().name
+    if args.resume:
+        read_checkpoint(out / "adapted.pt")
     config = {**asdict(settings), "target": str(args.target), "shots": len(shots),
               "source": str(source_path), "arch": source.arch, "resolution": source.resolution,
               "source_sha256": hashlib.sha256(Path(source_path).read_bytes()).hexdigest(),
               "device": device, "amp": amp, "torch": torch.__version__,
-              "python": sys.version.split()[0]}
-    print("  ".join(f"{key}={value}" for key, value in config.items()))
+              "numpy": np.__version__, "python": sys.version.split()[0]}
+    print("  ".join(f"{key}={value}" for key, value in config.items()), flush=True)
     if args.dry_run:
         return
     make_folder(out)
-    checkpoint = out / "adapted.pt"
-    try:
-        result = adapt(source, shots, settings, checkpoint, device, amp, args.resume)
-    except KeyboardInterrupt:
-        again = " --resume" if checkpoint.exists() else ""
-        sys.exit(f"\nstopped; go on with the same command and{again}")
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    result = adapt(source, shots, settings, out / "adapted.pt", amp, args.resume)
     write_run(out, source, shots, result)
     print(f"{out / 'samples.png'}: the source above, the adapted model below")
 
 
-def main(argv=None):
+def exit_cleanly(program, run):
+    """Run a program: what the user can mend is one line on stderr and exit code 2."""
     try:
+        run()
+    except (UserError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: stopped; what was trained is saved: the same command and --resume go on",
+              file=sys.stderr)
+        sys.exit(130)
+
+
+def main(argv=None):
+    def run():
         args = parse_arguments(argv)
         device, amp = choose_device(args.device, args.amp)
         if args.generate:
             run_generate(args, device)
         else:
             run_adapt(args, device, amp)
-    except UserError as error:
-        print(f"ewc_gan.py: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    exit_cleanly("ewc_gan.py", run)
 
 
 if __name__ == "__main__":

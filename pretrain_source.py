@@ -54,22 +54,22 @@ def run(args):
         model = ewc_gan.build_model(args.arch, args.resolution, device)
     settings = replace(ewc_gan.PRETRAIN[model.arch], **ewc_gan.chosen(args))
     out = args.out or Path("out") / f"source_{model.arch}.pt"
+    if out.suffix != ".pt":
+        raise ewc_gan.UserError(f"--out {out}: the name of a checkpoint ends in .pt")
+    if args.resume:
+        ewc_gan.read_checkpoint(out.with_name(out.name + ".train"))
     ewc_gan.make_folder(out.parent)
     print("  ".join(f"{key}={value}" for key, value in asdict(settings).items()), flush=True)
     if args.data:
         images = ewc_gan.read_folder(args.data, model.resolution)
     else:
         images = draw_source_images(model.resolution)
-    ewc_gan.pretrain(images, model, settings, out, device, amp, args.resume)
+    ewc_gan.pretrain(images, model, settings, out, amp, args.resume)
     print(f"{out}: the source model;  {out.with_suffix('.png')}: samples")
 
 
 def main(argv=None):
-    try:
-        run(parse_arguments(argv))
-    except ewc_gan.UserError as error:
-        print(f"pretrain_source.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    ewc_gan.exit_cleanly("pretrain_source.py", lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

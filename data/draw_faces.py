@@ -840,7 +840,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parse_arguments():
+def parse_arguments(argv=None):
     """The command line, and the parser for telling later mistakes in its way."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--style", choices=STYLES, help="default: photo; all styles on a --sheet")
@@ -854,7 +854,7 @@ def parse_arguments():
     job.add_argument("--sheet", type=Path, metavar="FILE.png", help="write one contact sheet")
     job.add_argument("--ten-shot", action="store_true",
                      help="write the 10-shot target sets next to this script")
-    return parser, parser.parse_args()
+    return parser, parser.parse_args(argv)
 
 
 def main():

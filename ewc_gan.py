@@ -441,7 +441,6 @@ class Trainer:
         self.opt_G.param_groups[0]["lr"] = lr
         self.opt_D.param_groups[0]["lr"] = lr * s.d_lr_ratio
 
-        D.requires_grad_(True)
         with autocast(self.device, self.amp):
             fake = G(z)
             real_logits, fake_logits = D(real), D(fake.detach())

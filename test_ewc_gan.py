@@ -38,6 +38,9 @@ def small_model(arch, seed=0):
                         d_channels=[6, 8, 10])
     ewc_gan.calibrate_batchnorm(model.G_ema, 8, samples=512)
     model.G.load_state_dict(model.G_ema.state_dict())
+    with torch.no_grad():                               # as after a training, G is not G_ema
+        for p in model.G.parameters():
+            p.mul_(1.05)
     model.G.eval(), model.D.train()
     model.D(torch.randn(8, 3, 32, 32))                  # gives MinibatchStd a running mean
     return model

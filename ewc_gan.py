@@ -27,6 +27,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
@@ -1018,11 +1019,10 @@ def parse_arguments(argv):
 
 
 def make_folder(path):
+    """Make a folder, and see that it can be written to before hours are spent."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with open(path / ".write-test", "w"):
-            pass
-        (path / ".write-test").unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"{path}: cannot write there ({error.strerror}); choose another --out")
 
@@ -1044,6 +1044,8 @@ def run_adapt(args, device, amp):
         raise UserError(f"--shots {args.shots}: {args.target} holds {len(shots)} images")
     shots = shots[:args.shots]
     out = args.out or Path("out") / args.target.resolve().name
+    if out.resolve().is_relative_to(args.target.resolve()):
+        raise UserError(f"--out {out}: in the target folder its pictures would become shots")
     if args.resume:
         read_checkpoint(out / "adapted.pt")
     config = {**asdict(settings), "target": str(args.target), "shots": len(shots),
@@ -1055,8 +1057,8 @@ def run_adapt(args, device, amp):
     if args.dry_run:
         return
     make_folder(out)
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     result = adapt(source, shots, settings, out / "adapted.pt", amp, args.resume)
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_run(out, source, shots, result)
     print(f"{out / 'samples.png'}: the source above, the adapted model below")
 
@@ -1069,8 +1071,8 @@ def exit_cleanly(program, run):
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{program}: stopped; what was trained is saved: the same command and --resume go on",
-              file=sys.stderr)
+        print(f"{program}: stopped; if a training had begun, it is saved: go on with the same "
+              "command and --resume", file=sys.stderr)
         sys.exit(130)
 
 

@@ -71,14 +71,15 @@ class Settings:
     seed: int = 0
 
 
-# Equalised learning rates store weights as N(0, 1): the same relative step needs a larger lr.
-ADAPT = {"dcgan": Settings(), "stylegan": Settings(lr=3e-3, d_lr_ratio=0.1, lam=100.0)}
+# The Fisher information of the StyleGAN is some 40 times that of the DCGAN: a smaller lambda.
+ADAPT = {"dcgan": Settings(),
+         "stylegan": Settings(beta1=0.0, d_lr_ratio=0.2, lam=100.0)}
 
 # Pretraining sees thousands of images: larger batches and steps, D as fast as G, no penalty.
 PRETRAIN = {
     "dcgan": Settings(steps=24000, batch_size=16, lr=2e-3, d_lr_ratio=1.0, lr_decay=3000.0,
                       r1_gamma=1.0, lam=0.0),
-    "stylegan": Settings(steps=25000, batch_size=16, lr=5e-3, d_lr_ratio=1.0, lr_decay=3000.0,
+    "stylegan": Settings(steps=24000, batch_size=16, lr=5e-3, d_lr_ratio=1.0, lr_decay=3000.0,
                          r1_gamma=1.0, beta1=0.0, lam=0.0),
 }
 
@@ -862,7 +863,7 @@ def layers(theta, theta_S, F):
         groups.setdefault(name.rpartition(".")[0].removesuffix(".style") or name, []).append(name)
     rows = []
     for layer, names in groups.items():
-        change = sum((theta[n] - theta_S[n]).abs().sum() for n in names)
+        change = sum((theta[n].detach() - theta_S[n]).abs().sum() for n in names)
         size = sum(theta_S[n].abs().sum() for n in names)
         fisher = sum(F[n].sum() for n in names) / sum(F[n].numel() for n in names)
         rows.append((layer, float(fisher), 100 * float(change / size)))

@@ -594,7 +594,7 @@ def test_shipped_sources_make_varied_images_that_their_D_believes(arch):
     distance = [torch.pdist(x.flatten(1)).mean() for x in (images, faces)]
     assert distance[0] > 0.8 * distance[1], "the samples are less varied than the drawings"
     for statistic in (lambda x: x.mean((0, 2, 3)), lambda x: x.std((0, 2, 3))):
-        torch.testing.assert_close(statistic(images), statistic(faces), atol=0.1, rtol=0)
+        torch.testing.assert_close(statistic(images), statistic(faces), atol=0.25, rtol=0)
     noise = torch.rand_like(faces) * 2 - 1
     with torch.no_grad():
         D = model.D.eval()

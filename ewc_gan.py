@@ -547,7 +547,7 @@ def calibrate_batchnorm(G, z_dim, samples=4096, batch=256, seed=0):
     """Measure anew the statistics of every BatchNorm in G, over many z, and freeze them.
 
     The running statistics that training leaves belong to other weights: the averaged ones of G_ema
-    never saw a batch.  Without this step the samples of a DCGAN's G_ema are washed out.
+    never saw a batch.
     """
     norms = [m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
     if norms:

@@ -132,6 +132,25 @@ def test_fisher_leaves_both_networks_as_they_were(arch):
     assert list(G.named_parameters())[0][0] not in F, "F is for trainable parameters alone"
 
 
+def test_fisher_freezes_a_discriminator_that_behaves_otherwise_in_training():
+    """Somebody else's D: BatchNorm couples samples and drifts, dropout adds noise, in train mode."""
+    torch.manual_seed(0)
+    G = nn.Linear(3, 6)
+    D = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 1)).train()
+    D(torch.randn(64, 6) * 3 + 1)                                   # running statistics to keep
+    z, statistics = torch.randn(5, 3), copy.deepcopy(D[0].state_dict())
+    expected = fisher_diagonal(G, copy.deepcopy(D).eval(), z)
+    try:
+        F = fisher_diagonal(G, D, z)
+    except ValueError as error:                                     # BatchNorm of a single sample
+        pytest.fail(f"D must be frozen, in eval mode, while F is measured: {error}")
+    for name in F:
+        torch.testing.assert_close(F[name], expected[name], msg=lambda m:
+                                   f"D must be frozen, in eval mode, while F is measured\n{m}")
+    assert all(torch.equal(D[0].state_dict()[n], value) for n, value in statistics.items())
+    assert all(module.training for module in D.modules())
+
+
 def test_fisher_is_float32_under_autocast_and_works_under_no_grad():
     model, z = small_model("stylegan"), torch.randn(3, 8)
     plain = fisher_diagonal(model.G, model.D, z)
@@ -322,12 +341,15 @@ def train_by_hand(source, images, settings):
 def test_adaptation_equals_the_loop_written_by_hand(arch, lam):
     """lam = 0 is plain fine-tuning bit for bit; lam > 0 adds lam * penalty to the loss of G."""
     source, settings = small_model(arch), replace(TOY, lam=lam, ema=0.3, lr_decay=2.0)
-    result = adapt(source, shots32(), settings).model
+    run = adapt(source, shots32(), settings)
+    result = run.model
     G, D, ema = train_by_hand(source, shots32(), settings)
     pairs = [*zip(result.G.parameters(), G.parameters()), *zip(result.D.parameters(),
              D.parameters()), *zip(result.G_ema.parameters(), ema)]
     if lam == 0:
         assert all(torch.equal(a, b) for a, b in pairs)
+    for (name, p), copied in zip(source.G_ema.named_parameters(), run.theta_S.values()):
+        assert torch.equal(p, copied), f"{name}: theta_S must be copies; live references move along"
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

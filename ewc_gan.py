@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -38,6 +39,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as nnF      # F is the Fisher information, as in the paper
+from torchvision.models import Inception_V3_Weights, inception_v3
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -66,10 +68,16 @@ class Settings:
     r1_every: int = 16           # R1 is costly and changes slowly: every 16th step, 16-fold
     ema: float = 0.999           # largest decay of G's moving average; at step t: 1 - 9 / (10 + t)
     flip: bool = True            # mirrored images are images of the same domain
+    method: str = "ewc"          # one of METHODS
     lam: float = 300.0           # lambda, the strength of EWC; 0 is plain fine-tuning
     fisher_samples: int = 256    # N of the Fisher estimate
     seed: int = 0
 
+
+METHODS = {"ewc": "weights are held back, each by its Fisher information",
+           "finetune": "no weight is held back: lambda = 0",
+           "l2": "all weights are held back alike: each by the mean of the Fisher information",
+           "freezed": "no weight is held back, D's lower layers are frozen (Mo et al. 2020)"}
 
 # The Fisher information of the StyleGAN is some 40 times that of the DCGAN: a smaller lambda.
 ADAPT = {"dcgan": Settings(),
@@ -193,6 +201,10 @@ class DCGANDiscriminator(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, 0.2)
                 nn.init.zeros_(module.bias)
+
+    def lower(self):
+        """The layers near the image, down to 8x8 features: those that FreezeD freezes."""
+        return self.layers[:-3]
 
     def forward(self, x):
         return self.layers(x).flatten()
@@ -331,6 +343,10 @@ class StyleGANDiscriminator(nn.Module):
         self.hidden = EqualizedLinear(64 * 16, 128, gain=math.sqrt(2))
         self.out = EqualizedLinear(128, 1)
 
+    def lower(self):
+        """The layers near the image, down to 8x8 features: those that FreezeD freezes."""
+        return nn.ModuleList([self.stem, *self.blocks[:-1]])
+
     def forward(self, x):
         x = self.blocks(nnF.leaky_relu(self.stem(x), 0.2))
         x = nnF.leaky_relu(self.last(self.minibatch_std(x)), 0.2)
@@ -413,7 +429,8 @@ class Trainer:
         self.device = next(model.G.parameters()).device
         options = dict(betas=(settings.beta1, settings.beta2), fused=self.device.type != "mps")
         self.opt_G = torch.optim.Adam(model.G.parameters(), **options)      # lr: in train_step
-        self.opt_D = torch.optim.Adam(model.D.parameters(), **options)
+        self.opt_D = torch.optim.Adam([p for p in model.D.parameters() if p.requires_grad],
+                                      **options)
         # fp16 alone needs its loss scaled, or small gradients become 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.random = torch.Generator().manual_seed(settings.seed)          # the same on any device
@@ -421,10 +438,10 @@ class Trainer:
 
     def draw(self, images):
         """Real images float [B, 3, R, R] in [-1, 1], with replacement, and z [B, z_dim]."""
-        b = self.settings.batch_size
-        real = to_float(images[torch.randint(len(images), (b,), generator=self.random)])
+        b, device = self.settings.batch_size, images.device
+        real = to_float(images[torch.randint(len(images), (b,), generator=self.random).to(device)])
         if self.settings.flip:
-            mirror = torch.rand(b, generator=self.random) < 0.5
+            mirror = torch.rand(b, generator=self.random).to(device) < 0.5
             real = torch.where(mirror[:, None, None, None], real.flip(3), real)
         z = torch.randn(b, self.model.z_dim, generator=self.random)
         return (real.to(self.device, memory_format=memory_format(self.device)),
@@ -452,13 +469,11 @@ class Trainer:
             total_D = loss_D + s.r1_every * s.r1_gamma / 2 * d_r1_loss(D, real)
         self.update(self.opt_D, total_D)
 
-        D.requires_grad_(False)                                  # G's step needs no gradients of D
         with autocast(self.device, self.amp):
             fake_logits = D(fake)
         loss_G = g_nonsaturating_loss(fake_logits.float())
         penalty = pull(G) if pull else torch.zeros_like(loss_G)
         self.update(self.opt_G, loss_G + penalty)
-        D.requires_grad_(True)
         self.scaler.update()
         # A short average at first: a fixed long one is a copy of where it started, for ever so long
         accumulate(self.model.G_ema, G, min(s.ema, (1 + self.step) / (10 + self.step)))
@@ -466,13 +481,14 @@ class Trainer:
         return {"loss_D": loss_D.detach(), "loss_G": loss_G.detach(), "penalty": penalty.detach()}
 
     def update(self, optimizer, loss):
-        optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        optimizer.zero_grad()                   # inputs: G's step needs no gradients in D's weights
+        self.scaler.scale(loss).backward(inputs=optimizer.param_groups[0]["params"])
         self.scaler.step(optimizer)
 
     def run(self, images, label, save, save_every, pull=None, look=None):
         """Train to the last step.  save() is called now and then, at the end, and upon Ctrl-C;
         look(losses, images per second) at every tenth step."""
+        images = images.to(self.device)                  # once, not a batch at a time
         progress = Progress(self.step, self.settings.steps, label)
         with ctrl_c() as asked_to_stop:
             while self.step < self.settings.steps and not asked_to_stop:
@@ -687,26 +703,49 @@ class Adaptation:
     log: list             # one dict for every tenth step: losses, penalty, ...
 
 
-def adapt(source, images, settings, out=None, amp="off", resume=False, save_every=200):
-    """Adapt a source model to a few images with EWC; lam = 0 is plain fine-tuning.
+def source_fisher(source, settings):
+    """F of a source model, at the weights that adaptation starts from: those of G_ema."""
+    G = copy.deepcopy(source.G_ema).requires_grad_(True)
+    random = torch.Generator().manual_seed(settings.seed)
+    z = torch.randn(settings.fisher_samples, source.z_dim, generator=random)
+    return fisher_diagonal(G, source.D, z.to(next(G.parameters()).device))
 
-    source  Model, not changed.  theta_S is its G_ema: Fisher information, penalty and training all
-            start from the averaged weights, for they make the better pictures.
-    images  the shots: uint8 [N, 3, R, R], or float in [-1, 1]; N >= 1
-    out     where to keep a checkpoint as training goes on; resume=True goes on from it bit for bit
+
+def pull_of(method, lam, theta_S, F):
+    """What is added to the loss of G: a function of G, or None where nothing holds it back.
+
+    l2 gives every weight the mean of F, so that the pull is equal in sum: is it the Fisher
+    information that helps, or would any pull towards the source do?
+    """
+    if method == "l2":
+        mean = sum(f.sum() for f in F.values()) / sum(f.numel() for f in F.values())
+        F = {name: mean.expand_as(f) for name, f in F.items()}
+    if method in ("ewc", "l2") and lam:
+        return lambda G: lam * ewc_penalty(G, theta_S, F)
+    return None
+
+
+def adapt(source, images, settings, out=None, amp="off", resume=False, save_every=200, F=None,
+          measure=None, measure_every=100):
+    """Adapt a source model to a few images with EWC, or with a baseline (settings.method).
+
+    source   Model, not changed.  theta_S is its G_ema: Fisher information, penalty and training all
+             start from the averaged weights, for they make the better pictures.
+    images   the shots: uint8 [N, 3, R, R], or float in [-1, 1]; N >= 1
+    out      where to keep a checkpoint as training goes on; resume=True goes on from it bit for bit
+    F        the Fisher information, if it has been measured before
+    measure  a function of the Model that returns {name: number} for the log, every so many steps
     Returns an Adaptation.
     """
     model = copy.deepcopy(source)
     model.G = copy.deepcopy(source.G_ema).requires_grad_(True).eval()   # so BatchNorm is fixed
     model.D.requires_grad_(True).train()
-    trainer, log = Trainer(model, settings, amp), []
-
-    random = torch.Generator().manual_seed(settings.seed)
-    z = torch.randn(settings.fisher_samples, model.z_dim, generator=random).to(trainer.device)
-    F = fisher_diagonal(model.G, model.D, z)
+    F = F or source_fisher(source, settings)
     theta_S = {name: p.detach().clone() for name, p in model.G.named_parameters()}
-    lam = settings.lam
-    pull = (lambda G: lam * ewc_penalty(G, theta_S, F)) if lam else None
+    pull = pull_of(settings.method, settings.lam, theta_S, F)
+    if settings.method == "freezed":
+        model.D.lower().requires_grad_(False)
+    trainer, log = Trainer(model, settings, amp), []
 
     origin = {"images": len(images), "sum of F": float(sum(f.sum() for f in F.values()))}
     if resume:
@@ -718,13 +757,123 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, save_ever
         share = row["penalty"] / max(row["loss_G"] + row["penalty"], 1e-12)
         log.append({"step": trainer.step, **row, "share": share, "change": change,
                     "images_per_s": images_per_s})
+        if measure and (trainer.step % measure_every == 0 or trainer.step == settings.steps):
+            log[-1].update(measure(model))
 
     def save():
         if out:
             save_checkpoint(out, model, training=trainer.state(**origin), log=log)
 
-    trainer.run(images, "adapt", save, save_every, pull, look)
+    trainer.run(images, settings.method, save, save_every, pull, look)
     return Adaptation(model, theta_S, F, log)
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring: do samples look like the target (fit), and unlike each other and the shots (variety)?
+# Always read the two together: the model that was not adapted has the most variety of all.
+# --------------------------------------------------------------------------------------------------
+def frechet_distance(a, b):
+    """Frechet distance of two Gaussians fitted to features a [N, C] and b [M, C] -> float.
+
+        |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+
+    With R^T R = C, the last trace is the sum of the singular values of R_a R_b^T.
+    """
+    def root(x):
+        return torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R
+
+    R_a, R_b = root(a.double()), root(b.double())
+    trace = R_a.square().sum() + R_b.square().sum() - 2 * torch.linalg.svdvals(R_a @ R_b.T).sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + trace)
+
+
+def precision_recall(real, fake, k=5):
+    """Shares of fake inside the manifold of real, and of real inside that of fake.
+
+    Features [N, C], [M, C].  A manifold is the union of balls around its points, each reaching to
+    the k-th neighbour (Kynkaanniemi et al. 2019).
+    """
+    def inside(x, points):
+        radius = torch.cdist(points, points).kthvalue(k + 1, dim=1).values      # 1st: the point
+        return float((torch.cdist(x, points) <= radius).any(1).float().mean())
+
+    return inside(fake, real), inside(real, fake)
+
+
+def diversity_and_nearest(features, shots):
+    """Mean distance between images that have the same nearest shot, averaged over the shots (after
+    Ojha et al. 2021), and mean distance of an image to its nearest shot: 0 if it copies one."""
+    nearest = torch.cdist(features, shots).min(1)
+    clusters = [features[nearest.indices == i] for i in range(len(shots))]
+    distances = [torch.pdist(cluster).mean() for cluster in clusters if len(cluster) > 1]
+    return float(sum(distances) / max(len(distances), 1)), float(nearest.values.mean())
+
+
+class Ruler:
+    """Measures samples against held-out images of the target, in a given space of features.
+
+    features   a function: images float [N, 3, R, R] in [-1, 1] -> float [N, C]
+    shots, reference   images; without a reference there is no fit to measure
+    """
+    def __init__(self, features, shots, reference=None, n=1000):
+        self.features, self.n = features, n
+        self.shots = features(shots)
+        self.reference = None if reference is None else features(reference[:n])
+        self.unit = (self.shots if reference is None else self.reference).square().mean().sqrt()
+
+    def __call__(self, images):
+        """{name: number} for images float [N, 3, R, R]: fit first, then variety."""
+        x, shots, row = self.features(images) / self.unit, self.shots / self.unit, {}
+        if self.reference is not None:
+            reference = self.reference / self.unit
+            row["frechet"] = frechet_distance(x, reference)
+            row["precision"], row["recall"] = precision_recall(reference, x)
+        row["diversity"], row["nearest_shot"] = diversity_and_nearest(x, shots)
+        return row
+
+    def of_reference(self):
+        """The same for the reference, one half against the other: what perfect looks like."""
+        x, half = self.reference / self.unit, len(self.reference) // 2
+        precision, recall = precision_recall(x[:half], x[half:])
+        diversity, nearest = diversity_and_nearest(x, self.shots / self.unit)
+        return {"frechet": frechet_distance(x[:half], x[half:]), "precision": precision,
+                "recall": recall, "diversity": diversity, "nearest_shot": nearest}
+
+
+def untrained_features(resolution, device):
+    """A convolutional network with random weights, the same for all, pooled: [N, 256].
+
+    Nothing to download, and it favours no domain.  It puts models in much the same order as trained
+    networks do, better than the source's own D, but its distances are no FID.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = DCGANDiscriminator(widths("dcgan", resolution)[1]).layers[:-1]
+    net = net.to(device, memory_format=memory_format(device)).requires_grad_(False)
+    return lambda images: torch.cat([net(batch.to(device)).mean((2, 3)).cpu()
+                                     for batch in images.split(100)])
+
+
+def inception_features(device):
+    """torchvision's Inception v3 trained on ImageNet, pooled: [N, 2048].  Downloaded once.
+
+    These are not the weights of the usual FID: never compare its values with published ones.
+    """
+    try:
+        net = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1, progress=False)
+    except OSError as error:                                            # urllib's errors are these
+        raise UserError(f"--features inception: its weights cannot be fetched ({error}); go online "
+                        "once, or use the default features")
+    net.fc = nn.Identity()
+    net = net.to(device).eval().requires_grad_(False)
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1)
+                 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    def features(images):
+        return torch.cat([net((nnF.interpolate(batch.to(device) / 2 + 0.5, (299, 299),
+                                               mode="bilinear", antialias=True) - mean) / std).cpu()
+                          for batch in images.split(50)])
+    return features
 
 
 # --------------------------------------------------------------------------------------------------
@@ -828,26 +977,63 @@ def samples_picture(shots, source, adapted, columns=8):
     return sheet
 
 
-CURVES = {"loss_D": "loss of D", "loss_G": "adversarial loss of G", "penalty": "lambda * penalty",
-          "share": "share of the penalty in the loss of G",
-          "change": "|theta - theta_S| / |theta_S|"}
+COLORS = ["#1f5fa8", "#c0392b", "#2e8b57", "#d98e04", "#7d3c98", "#17a2b8", "#8a6d3b", "#555555"]
+
+
+def draw_lines(pen, write, x, y, width, height, title, lines, from_zero=True):
+    """One panel: lines {label: [(x, y), ...]} over axes whose ends are written at the corners."""
+    points = [point for line in lines.values() for point in line]
+    ends = [(min(v), max(v)) for v in zip(*points)]
+    (left, right), (low, high) = ends[0], (0 if from_zero else ends[1][0], ends[1][1])
+    pen.rectangle([x, y, x + width, y + height], outline="#cccccc")
+    for color, (label, line) in zip(COLORS * len(lines), lines.items()):
+        places = [(x + width * (a - left) / ((right - left) or 1),
+                   y + height * (1 - (b - low) / ((high - low) or 1))) for a, b in line]
+        pen.line(places if len(places) > 1 else places * 2, fill=color, width=2)
+        pen.circle(places[-1], 4, fill=color)
+        write(*places[-1], f" {label}", anchor="ls" if places[-1][0] < x + width / 2 else "rs")
+    write(x, y - 17, title)
+    write(x + width, y - 17, f"{low:.3g} to {high:.3g}", anchor="ra")
+    write(x + width, y + height + 2, f"{left:.3g} to {right:.3g}", anchor="ra")
 
 
 def curves_picture(log, width=420, height=150):
-    """Each column of the log against the step, from 0 to its largest value."""
-    sheet, pen, write = canvas(width * 2, (height + 20) * 3)
-    steps = [row["step"] for row in log]
-    for i, (name, title) in enumerate(CURVES.items()):
-        x, y = 10 + i % 2 * width, 24 + i // 2 * (height + 20)
-        values = [row[name] for row in log]
-        top = max(values) or 1.0
-        pen.rectangle([x, y, x + width - 30, y + height - 24], outline="#cccccc")
-        points = [(x + (width - 30) * step / steps[-1], y + (height - 24) * (1 - value / top))
-                  for step, value in zip(steps, values)]
-        pen.line(points if len(points) > 1 else points * 2, fill="#1f5fa8", width=2)
-        write(x, y - 17, title)
-        write(x + width - 30, y - 17, f"top {top:.3g}, last {values[-1]:.3g}", anchor="ra")
-    write(10 + width, (height + 20) * 2 + 60, f"steps 1 to {steps[-1]}")
+    """Each column of the log against the step."""
+    names = [name for name in dict.fromkeys(key for row in log for key in row)
+             if name not in ("step", "images_per_s")]
+    sheet, pen, write = canvas(width * 2, (height + 20) * math.ceil(len(names) / 2) + 10)
+    for i, name in enumerate(names):
+        line = [(row["step"], row[name]) for row in log if name in row]
+        draw_lines(pen, write, 10 + i % 2 * width, 24 + i // 2 * (height + 20), width - 30,
+                   height - 24, name, {"": line})
+    return sheet
+
+
+def paths_picture(logs, size=560):
+    """Fit against variety as training goes on, one path a run: the best lies at lower right."""
+    sheet, pen, write = canvas(size + 60, size + 60)
+    lines = {label: [(row["diversity"], row["frechet"]) for row in log if "frechet" in row]
+             for label, log in logs.items()}
+    draw_lines(pen, write, 30, 30, size, size, "up: Frechet distance.  right: diversity", lines,
+               from_zero=False)
+    return sheet
+
+
+def comparison_picture(shots, rows, columns=10):
+    """The shots at the left; at the right a row of samples for each run, all from the same z."""
+    scale = max(1, 96 // shots.shape[-1])
+    pictures = {label: image_grid(images[:columns], columns, scale)
+                for label, images in rows.items()}
+    height = next(iter(pictures.values())).height + 4
+    left = image_grid(shots[:2 * len(rows)], 2, scale)
+    x = left.width + 130
+    sheet, _, write = canvas(x + next(iter(pictures.values())).width + 6,
+                             26 + max(height * len(rows), left.height))
+    write(8, 5, f"the {len(shots)} target images")
+    sheet.paste(left, (6, 26))
+    for i, (label, picture) in enumerate(pictures.items()):
+        write(x - 10, 20 + (i + 0.5) * height, label, anchor="rm")
+        sheet.paste(picture, (x, 26 + i * height))
     return sheet
 
 
@@ -904,6 +1090,13 @@ def save_interpolation(path, source, model, stops=5, frames=12, seed=0, columns=
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
 
 
+def write_table(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def write_run(out, source, shots, result, samples=16):
     """All pictures and tables of a run."""
     model = result.model
@@ -913,10 +1106,20 @@ def write_run(out, source, shots, result, samples=16):
     layers_picture(rows).save(out / "layers.png")
     curves_picture(result.log).save(out / "curves.png")
     save_interpolation(out / "interpolation.gif", source, model)
-    with open(out / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, result.log[0])
-        writer.writeheader()
-        writer.writerows(result.log)
+    write_table(out / "log.csv", result.log)
+
+
+def print_table(table):
+    """A line for each run: mean, and spread where there are several seeds, of every measure."""
+    names = [name for name in table[0] if name != "run"]
+    print("".join(f"{name:>15}" for name in ["run", *names]))
+    for run in dict.fromkeys(row["run"] for row in table):
+        line = f"{run:>15}"
+        for name in names:
+            values = np.array([row[name] for row in table if row["run"] == run])
+            spread = f" ±{values.std(ddof=1):.2g}" if len(values) > 1 else ""
+            line += f"{f'{values.mean():.3g}{spread}':>15}"
+        print(line)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -968,7 +1171,8 @@ def defaults(table, name):
 def chosen(args):
     """The settings that the command line names, to replace the defaults."""
     given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in given.items()
+            if value is not None and not isinstance(value, list)}
 
 
 def add_shared_options(parser, table):
@@ -977,8 +1181,7 @@ def add_shared_options(parser, table):
             ("--steps", number(int, 1), "training steps"),
             ("--batch-size", number(int, 1), "images a step"),
             ("--lr", number(float, 1e-9, 1), "Adam's learning rate for G"),
-            ("--r1-gamma", number(float, 0), "weight of the R1 penalty on D"),
-            ("--seed", number(int, 0, 2**63 - 1), "seed of all random numbers")]:
+            ("--r1-gamma", number(float, 0), "weight of the R1 penalty on D")]:
         default = defaults(table, option[2:].replace("-", "_"))
         parser.add_argument(option, type=kind, help=f"{text} (default: {default})")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
@@ -994,11 +1197,21 @@ def parse_arguments(argv):
     p.add_argument("--source", type=Path, help=f"the source model (default: {SOURCE})")
     p.add_argument("--out", type=Path, help="folder for the results (default: out/TARGET)")
     p.add_argument("--shots", type=number(int, 1), help="use the first K images (default: all)")
-    p.add_argument("--lam", type=number(float, 0), help="lambda, the strength of EWC; 0: plain "
-                   f"fine-tuning (default: {defaults(ADAPT, 'lam')})")
+    p.add_argument("--method", nargs="+", choices=list(METHODS), default=["ewc"],
+                   help="several: a comparison, from the same z and seed (default: ewc).  "
+                   + "; ".join(f"{name}: {text}" for name, text in METHODS.items()))
+    p.add_argument("--lam", nargs="+", type=number(float, 0), help="lambda, the strength of EWC; "
+                   f"several: a sweep (default: {defaults(ADAPT, 'lam')})")
+    p.add_argument("--reference", type=Path, help="folder of target images that are held out: "
+                   "measures how well each run fits them")
+    p.add_argument("--features", default="untrained", choices=["untrained", "inception"],
+                   help="the space of the distances: a network of random weights, or torchvision's "
+                   "Inception, which has to be downloaded (default: untrained)")
     p.add_argument("--fisher-samples", type=number(int, 1), help="samples for the Fisher "
                    f"information (default: {defaults(ADAPT, 'fisher_samples')})")
     add_shared_options(p, ADAPT)
+    p.add_argument("--seed", nargs="+", type=number(int, 0, 2**63 - 1), default=[0],
+                   help="of all random numbers; several: mean and spread (default: 0)")
     p.add_argument("--resume", action="store_true", help="go on from adapted.pt in --out")
     p.add_argument("--dry-run", action="store_true",
                    help="check all input, print the settings, write nothing")
@@ -1031,14 +1244,36 @@ def make_folder(path):
 def run_generate(args, device):
     model = load_checkpoint(args.checkpoint, device)
     make_folder(args.out)
-    for i, image in enumerate(generate(model, args.generate, args.seed or 0)):
+    for i, image in enumerate(generate(model, args.generate, args.seed[0])):
         image_grid(image[None], 1, gap=0).save(args.out / f"{i:05d}.png")
     print(f"{args.generate} images in {args.out}")
 
 
+def planned_runs(args, settings, out):
+    """(name, settings, folder) of every run that is asked for, each once: without a pull there is
+    one lambda, 0.  A single run goes into out, several into a folder each."""
+    runs = {}
+    for method in args.method:
+        for lam in (args.lam or [settings.lam]) if method in ("ewc", "l2") else [0.0]:
+            name = f"{method}_{lam:g}" if lam else "freezed" if method == "freezed" else "finetune"
+            for seed in args.seed:
+                run = replace(settings, method=name.partition("_")[0], lam=lam, seed=seed)
+                runs[f"{name}_seed{seed}" if len(args.seed) > 1 else name] = name, run
+    return [(name, run, out / folder if len(runs) > 1 else out)
+            for folder, (name, run) in runs.items()]
+
+
+def make_ruler(args, source, shots, device):
+    """What --reference and --features ask for."""
+    features = (inception_features(device) if args.features == "inception"
+                else untrained_features(source.resolution, device))
+    reference = args.reference and load_images(args.reference, source.resolution)
+    return Ruler(features, to_float(shots), reference, 1000 if args.reference else 200)
+
+
 def run_adapt(args, device, amp):
-    source_path = args.source or HERE / SOURCE
-    source = load_checkpoint(source_path, device)
+    path = args.source or HERE / SOURCE
+    source = load_checkpoint(path, device)
     settings = replace(ADAPT[source.arch], **chosen(args))
     shots = read_folder(args.target, source.resolution)
     if args.shots and args.shots > len(shots):
@@ -1047,21 +1282,45 @@ def run_adapt(args, device, amp):
     out = args.out or Path("out") / args.target.resolve().name
     if out.resolve().is_relative_to(args.target.resolve()):
         raise UserError(f"--out {out}: in the target folder its pictures would become shots")
-    if args.resume:
-        read_checkpoint(out / "adapted.pt")
-    config = {**asdict(settings), "target": str(args.target), "shots": len(shots),
-              "source": str(source_path), "arch": source.arch, "resolution": source.resolution,
-              "source_sha256": hashlib.sha256(Path(source_path).read_bytes()).hexdigest(),
+    runs = planned_runs(args, settings, out)
+    begun = [folder for *_, folder in runs if args.resume and (folder / "adapted.pt").exists()]
+    if args.resume and not begun:
+        raise UserError(f"--resume: there is no adapted.pt in {runs[0][-1]}")
+    ruler = make_ruler(args, source, shots, device)
+    config = {"target": str(args.target), "shots": len(shots),
+              "source": str(path), "arch": source.arch, "resolution": source.resolution,
+              "source_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
               "device": device, "amp": amp, "torch": torch.__version__,
               "numpy": np.__version__, "python": sys.version.split()[0]}
-    print("  ".join(f"{key}={value}" for key, value in config.items()), flush=True)
+    print("  ".join(f"{key}={value}" for key, value in {**asdict(runs[0][1]), **config}.items()),
+          flush=True)
     if args.dry_run:
         return
-    make_folder(out)
-    result = adapt(source, shots, settings, out / "adapted.pt", amp, args.resume)
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    write_run(out, source, shots, result)
-    print(f"{out / 'samples.png'}: the source above, the adapted model below")
+    fisher = functools.cache(lambda seed: source_fisher(source, replace(settings, seed=seed)))
+    logs, rows = {}, {"source": generate(source, 10)}
+    table = [{"run": "source", **ruler(generate(source, ruler.n, seed=1))}]
+    if args.reference:
+        table.append({"run": "held-out", **ruler.of_reference()})
+    for name, run, folder in runs:
+        make_folder(folder)
+        (folder / "config.json").write_text(json.dumps({**asdict(run), **config}, indent=1) + "\n")
+        result = adapt(source, shots, run, folder / "adapted.pt", amp, folder in begun,
+                       F=fisher(run.seed),
+                       measure=lambda model: ruler(generate(model, ruler.n, seed=1)))
+        write_run(folder, source, shots, result)
+        if name not in rows:                                    # of several seeds, show the first
+            logs[name], rows[name] = result.log, generate(result.model, 10)
+        table.append({"run": name, "seed": run.seed,
+                      **{key: result.log[-1][key] for key in table[0] if key != "run"}})
+    if len(runs) == 1:
+        print(f"{out / 'samples.png'}: the source above, the adapted model below")
+    else:
+        comparison_picture(to_float(shots), rows).save(out / "comparison.png")
+        if args.reference:
+            paths_picture(logs).save(out / "paths.png")
+        write_table(out / "comparison.csv", table)
+    if len(runs) > 1 or args.reference:
+        print_table(table)
 
 
 def exit_cleanly(program, run):

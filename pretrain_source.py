@@ -41,13 +41,15 @@ def parse_arguments(argv):
     p.add_argument("--init", type=Path,
                    help="start from this checkpoint's weights; it decides --arch, --resolution")
     p.add_argument("--resume", action="store_true", help="go on from OUT.train")
+    p.add_argument("--seed", type=ewc_gan.number(int, 0, 2**63 - 1), default=0,
+                   help="of all random numbers (default: 0)")
     ewc_gan.add_shared_options(p, ewc_gan.PRETRAIN)
     return p.parse_args(argv)
 
 
 def run(args):
     device, amp = ewc_gan.choose_device(args.device, args.amp)
-    torch.manual_seed(args.seed or 0)           # of the weights that training starts from
+    torch.manual_seed(args.seed)           # of the weights that training starts from
     if args.init:
         model = ewc_gan.load_checkpoint(args.init, device)
     else:

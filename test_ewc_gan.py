@@ -133,7 +133,7 @@ def test_fisher_leaves_both_networks_as_they_were(arch):
 
 
 def test_fisher_freezes_a_discriminator_that_behaves_otherwise_in_training():
-    """Somebody else's D: BatchNorm couples samples and drifts, dropout adds noise, in train mode."""
+    """Somebody else's D: in train mode BatchNorm couples samples and drifts, dropout adds noise."""
     torch.manual_seed(0)
     G = nn.Linear(3, 6)
     D = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 1)).train()
@@ -472,6 +472,82 @@ def test_layer_changes_by_hand():
     assert ewc_gan.layers(theta, theta_S, F) == [("up", 3.0, 25.0)]        # (1+0+1) / (1+3+4)
     change = ewc_gan.relative_change(theta, theta_S)
     assert change == pytest.approx((2 / 26) ** 0.5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Baselines, comparisons and their measures
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_l2_pulls_all_weights_alike_and_as_hard_in_sum(arch):
+    model = small_model(arch)
+    G, F = model.G, fisher_diagonal(model.G, model.D, torch.randn(4, 8))
+    theta_S = {name: p.detach() - 1 for name, p in G.named_parameters()}       # all moved by 1
+    ewc, l2 = (ewc_gan.pull_of(method, 3.0, theta_S, F) for method in ("ewc", "l2"))
+    total = sum(f.double().sum().item() for f in F.values())
+    assert ewc(G).item() == pytest.approx(3 * total, rel=1e-4)
+    assert l2(G).item() == pytest.approx(3 * total, rel=1e-4), "l2: the same pull in sum"
+    gradients = torch.cat([g.flatten() for g in torch.autograd.grad(l2(G), list(G.parameters()))])
+    torch.testing.assert_close(gradients, gradients[:1].expand_as(gradients), rtol=1e-3, atol=0)
+    for method, lam in (("finetune", 3.0), ("freezed", 3.0), ("ewc", 0.0)):
+        assert ewc_gan.pull_of(method, lam, theta_S, F) is None
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_freezed_trains_the_upper_layers_of_D_alone(arch):
+    """Features of 8x8 and larger stay; the weights after them, and all of G, do not."""
+    source = small_model(arch)
+    result = adapt(source, shots32(), replace(TOY, method="freezed"))
+    before, after = dict(source.D.named_parameters()), dict(result.model.D.named_parameters())
+    frozen = {name for name in before if torch.equal(before[name], after[name])}
+    last_stage = {"dcgan": ("layers.4", "layers.6"),
+                  "stylegan": ("blocks.1", "last", "hidden", "out")}[arch]
+    assert frozen == {name for name in before if not name.startswith(last_stage)} != set()
+    assert not any(torch.equal(p, result.theta_S[name])
+                   for name, p in result.model.G.named_parameters())
+    assert states_equal(adapt(source, shots32(), replace(TOY, method="finetune")).model.G,
+                        adapt(source, shots32(), replace(TOY, lam=0.0)).model.G)
+
+
+def test_frechet_distance_of_known_gaussians():
+    """Diagonal covariances: |mu_a - mu_b|^2 + sum (sigma_a - sigma_b)^2.  In general: by numpy."""
+    def whitened(n, c):                                     # mean 0 and covariance 1, exactly
+        x = torch.randn(n, c, dtype=torch.double)
+        x = x - x.mean(0)
+        return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+
+    torch.manual_seed(0)
+    sigma_a, sigma_b = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, 2.0, 0.1])
+    a, b = whitened(50, 3) * sigma_a, whitened(80, 3) * sigma_b + torch.tensor([1.0, 0.0, -2.0])
+    expected = 1 + 4 + (2**2 + 0 + 0.4**2)
+    assert ewc_gan.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    a, b = (torch.randn(40, 5, dtype=torch.double) @ torch.randn(5, 5, dtype=torch.double)
+            for _ in range(2))
+    C_a, C_b = (np.cov(x.numpy().T) for x in (a, b))
+    eigenvalues = np.linalg.eigvals(C_a @ C_b).real
+    expected = ((a.mean(0) - b.mean(0)).square().sum().item() + np.trace(C_a) + np.trace(C_b)
+                - 2 * np.sqrt(eigenvalues).sum())
+    assert ewc_gan.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    few = torch.randn(4, 9)                                 # fewer samples than features
+    assert ewc_gan.frechet_distance(few, few) == pytest.approx(0, abs=1e-5)
+
+
+def test_precision_and_recall_of_constructed_sets():
+    """Two far clusters are real, the generator knows one of them, and an island of its own."""
+    grid = torch.cartesian_prod(torch.arange(5.0), torch.arange(5.0))                 # 25 points
+    real, fake = torch.cat([grid, grid + 100]), torch.cat([grid + 0.1, grid[:6] + 900])
+    assert ewc_gan.precision_recall(real, fake) == (pytest.approx(25 / 31), pytest.approx(25 / 50))
+    line = torch.arange(4.0)[:, None]                       # k = 1: balls of radius 1
+    assert ewc_gan.precision_recall(line, torch.tensor([[4.0], [5.0], [9.0]]), k=1) == (
+        pytest.approx(1 / 3), pytest.approx(1 / 4))
+
+
+def test_diversity_and_nearest_shot_by_hand():
+    shots = torch.tensor([[0.0, 0.0], [10.0, 0.0], [99.0, 0.0]])
+    features = torch.tensor([[0.0, 1.0], [0.0, -2.0], [10.0, 0.0], [10.0, 4.0], [10.0, -4.0]])
+    diversity, nearest = ewc_gan.diversity_and_nearest(features, shots)
+    assert diversity == pytest.approx((3 + (4 + 4 + 8) / 3) / 2)     # the third cluster is empty
+    assert nearest == pytest.approx((1 + 2 + 0 + 4 + 4) / 5)
+    assert ewc_gan.diversity_and_nearest(shots, shots) == (0, 0), "copies of the shots"
 
 
 # --------------------------------------------------------------------------------------------------

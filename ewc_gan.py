@@ -60,7 +60,7 @@ class Settings:
     steps: int = 800             # long enough to take on the look; later on, the shots are copied
     batch_size: int = 4          # ten shots hold little more than four images do
     lr: float = 1e-3             # of Adam, for G
-    d_lr_ratio: float = 0.05     # D's learning rate over G's: slow, or D knows the shots by heart
+    d_lr_ratio: float = 0.1      # D's learning rate over G's: slow, or D knows the shots by heart
     lr_decay: float = 0.0        # if set, lr / sqrt(1 + step / lr_decay): fast first, then finer
     beta1: float = 0.5           # DCGAN's value: less momentum, for the target moves (Radford 2016)
     beta2: float = 0.99
@@ -68,8 +68,9 @@ class Settings:
     r1_every: int = 16           # R1 is costly and changes slowly: every 16th step, 16-fold
     ema: float = 0.999           # largest decay of G's moving average; at step t: 1 - 9 / (10 + t)
     flip: bool = True            # mirrored images are images of the same domain
+    shift: float = 0.0625        # D sees images moved by up to this part of their size
     method: str = "ewc"          # one of METHODS
-    lam: float = 300.0           # lambda, the strength of EWC; 0 is plain fine-tuning
+    lam: float = 100.0           # lambda, the strength of EWC; 0 is plain fine-tuning
     fisher_samples: int = 256    # N of the Fisher estimate
     seed: int = 0
 
@@ -86,9 +87,9 @@ ADAPT = {"dcgan": Settings(),
 # Pretraining sees thousands of images: larger batches and steps, D as fast as G, no penalty.
 PRETRAIN = {
     "dcgan": Settings(steps=24000, batch_size=16, lr=2e-3, d_lr_ratio=1.0, lr_decay=3000.0,
-                      r1_gamma=1.0, lam=0.0),
+                      r1_gamma=1.0, shift=0.0, lam=0.0),
     "stylegan": Settings(steps=24000, batch_size=16, lr=5e-3, d_lr_ratio=1.0, lr_decay=3000.0,
-                         r1_gamma=1.0, beta1=0.0, lam=0.0),
+                         r1_gamma=1.0, beta1=0.0, shift=0.0, lam=0.0),
 }
 
 
@@ -447,6 +448,16 @@ class Trainer:
         return (real.to(self.device, memory_format=memory_format(self.device)),
                 z.to(self.device))
 
+    def shift(self, x):
+        """A batch moved up or down and left or right, its edges repeated: so D cannot learn the
+        place of every pixel of the few shots by heart (after DiffAugment, Zhao et al. 2020)."""
+        size = x.shape[-1]
+        most = round(self.settings.shift * size)
+        if not most:
+            return x
+        top, left = torch.randint(2 * most + 1, (2,), generator=self.random).tolist()
+        return nnF.pad(x, [most] * 4, "replicate")[:, :, top:top + size, left:left + size]
+
     def train_step(self, images, pull=None):
         """One step of D, one of G.
 
@@ -460,8 +471,9 @@ class Trainer:
         self.opt_G.param_groups[0]["lr"] = lr
         self.opt_D.param_groups[0]["lr"] = lr * s.d_lr_ratio
 
+        real = self.shift(real)
         with autocast(self.device, self.amp):
-            fake = G(z)
+            fake = self.shift(G(z))
             real_logits, fake_logits = D(real), D(fake.detach())
         loss_D = d_logistic_loss(real_logits.float(), fake_logits.float())
         total_D = loss_D
@@ -840,18 +852,20 @@ class Ruler:
                 "recall": recall, "diversity": diversity, "nearest_shot": nearest}
 
 
-def untrained_features(resolution, device):
-    """A convolutional network with random weights, the same for all, pooled: [N, 256].
+def discriminator_features(device):
+    """The last two stages of a discriminator, pooled: [N, 384].  Always that of the shipped DCGAN,
+    so that runs from any source can be compared; nothing to download, but no FID either.
 
-    Nothing to download, and it favours no domain.  It puts models in much the same order as trained
-    networks do, better than the source's own D, but its distances are no FID.
+    As in LPIPS (Zhang et al. 2018), the channels at each place are scaled to length 1.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = DCGANDiscriminator(widths("dcgan", resolution)[1]).layers[:-1]
-    net = net.to(device, memory_format=memory_format(device)).requires_grad_(False)
-    return lambda images: torch.cat([net(batch.to(device)).mean((2, 3)).cpu()
-                                     for batch in images.split(100)])
+    layers = load_checkpoint(HERE / SOURCE, device).D.requires_grad_(False).layers
+
+    def features(images):
+        x8 = layers[:6](nnF.interpolate(images.to(device), (64, 64), mode="area"))  # [N, 128, 8, 8]
+        x4 = layers[6:8](x8)                                                        # [N, 256, 4, 4]
+        return torch.cat([nnF.normalize(x, dim=1).mean((2, 3)) for x in (x8, x4)], 1).cpu()
+
+    return lambda images: torch.cat([features(batch) for batch in images.split(100)])
 
 
 def inception_features(device):
@@ -1204,9 +1218,9 @@ def parse_arguments(argv):
                    f"several: a sweep (default: {defaults(ADAPT, 'lam')})")
     p.add_argument("--reference", type=Path, help="folder of target images that are held out: "
                    "measures how well each run fits them")
-    p.add_argument("--features", default="untrained", choices=["untrained", "inception"],
-                   help="the space of the distances: a network of random weights, or torchvision's "
-                   "Inception, which has to be downloaded (default: untrained)")
+    p.add_argument("--features", default="discriminator", choices=["discriminator", "inception"],
+                   help="the space of the distances: the D of the shipped DCGAN, or torchvision's "
+                   "Inception, which has to be downloaded (default: discriminator)")
     p.add_argument("--fisher-samples", type=number(int, 1), help="samples for the Fisher "
                    f"information (default: {defaults(ADAPT, 'fisher_samples')})")
     add_shared_options(p, ADAPT)
@@ -1266,8 +1280,11 @@ def planned_runs(args, settings, out):
 def make_ruler(args, source, shots, device):
     """What --reference and --features ask for."""
     features = (inception_features(device) if args.features == "inception"
-                else untrained_features(source.resolution, device))
+                else discriminator_features(device))
     reference = args.reference and load_images(args.reference, source.resolution)
+    if args.reference and len(reference) < 20:
+        raise UserError(f"--reference {args.reference}: {len(reference)} images; a distribution "
+                        "takes 20 at least, and better 1000")
     return Ruler(features, to_float(shots), reference, 1000 if args.reference else 200)
 
 

@@ -3,12 +3,14 @@
     python -m pytest
 """
 import copy
+import csv
 import math
 import pickle
 import re
 import shlex
 import signal
 import sys
+import urllib.error
 from dataclasses import replace
 from pathlib import Path
 
@@ -306,6 +308,15 @@ def train_by_hand(source, images, settings):
     adam = [torch.optim.Adam(net.parameters(), 0.0, (settings.beta1, settings.beta2), fused=True)
             for net in (G, D)]
     random = torch.Generator().manual_seed(settings.seed)
+
+    def shift(x):                                       # pixels that move in repeat the edge
+        most = round(settings.shift * 32)
+        if most == 0:
+            return x
+        rows, columns = ((torch.arange(32) + move - most).clamp(0, 31) for move in
+                         torch.randint(2 * most + 1, (2,), generator=random))
+        return x[:, :, rows][:, :, :, columns]
+
     for step in range(settings.steps):
         lr = settings.lr
         if settings.lr_decay:
@@ -317,7 +328,8 @@ def train_by_hand(source, images, settings):
         flipped = torch.rand(len(x), generator=random) < 0.5
         x[flipped] = x[flipped].flip(3)
         x = x.contiguous(memory_format=torch.channels_last)
-        fake = G(torch.randn(settings.batch_size, source.z_dim, generator=random))
+        z = torch.randn(settings.batch_size, source.z_dim, generator=random)
+        x, fake = shift(x), shift(G(z))
         softplus = nn.functional.softplus
         loss = softplus(-D(x)).mean() + softplus(D(fake.detach())).mean()
         if step % settings.r1_every == 0:
@@ -341,6 +353,7 @@ def train_by_hand(source, images, settings):
 def test_adaptation_equals_the_loop_written_by_hand(arch, lam):
     """lam = 0 is plain fine-tuning bit for bit; lam > 0 adds lam * penalty to the loss of G."""
     source, settings = small_model(arch), replace(TOY, lam=lam, ema=0.3, lr_decay=2.0)
+    settings.shift = 0.1 if lam else 0.0                # an odd sum of gradients is not bit-equal
     run = adapt(source, shots32(), settings)
     result = run.model
     G, D, ema = train_by_hand(source, shots32(), settings)
@@ -550,6 +563,61 @@ def test_diversity_and_nearest_shot_by_hand():
     assert ewc_gan.diversity_and_nearest(shots, shots) == (0, 0), "copies of the shots"
 
 
+def test_runs_of_a_comparison():
+    """lambda is meant for ewc and l2 alone, and 0 makes both of them fine-tuning: run that once."""
+    def names(*argv):
+        args = ewc_gan.parse_arguments(["--target", "t", *argv])
+        runs = ewc_gan.planned_runs(args, Settings(), Path("o"))
+        return {str(folder): (run.method, run.lam, run.seed) for _, run, folder in runs}
+
+    assert names() == {"o": ("ewc", Settings().lam, 0)}
+    assert names("--lam", "0") == {"o": ("finetune", 0.0, 0)}
+    assert names("--lam", "0", "5", "--method", "ewc", "l2", "freezed", "finetune") == {
+        "o/finetune": ("finetune", 0.0, 0), "o/ewc_5": ("ewc", 5.0, 0), "o/l2_5": ("l2", 5.0, 0),
+        "o/freezed": ("freezed", 0.0, 0)}
+    assert names("--seed", "3", "4", "--method", "freezed") == {
+        "o/freezed_seed3": ("freezed", 0.0, 3), "o/freezed_seed4": ("freezed", 0.0, 4)}
+
+
+def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys):
+    """The figures in comparison.csv are those of the models in its folders; --resume repeats it."""
+    argv = ["--target", SHOTS, "--method", "ewc", "finetune", "--seed", 0, 1, "--reference",
+            SHOTS.parent, "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--fisher-samples", 2]
+    assert run(*argv) == 0
+    printed = capsys.readouterr().out
+    with open(tmp_path / "comparison.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    lam = ewc_gan.ADAPT["dcgan"].lam
+    assert [(row["run"], row["seed"]) for row in table] == [
+        ("source", ""), ("held-out", ""), (f"ewc_{lam:g}", "0"), (f"ewc_{lam:g}", "1"),
+        ("finetune", "0"), ("finetune", "1")]
+    ruler = ewc_gan.Ruler(ewc_gan.discriminator_features("cpu"), load_images(SHOTS, 64),
+                          load_images(SHOTS.parent, 64))
+    measured = []
+    for row, folder in zip(table[2:], (f"ewc_{lam:g}_seed0", f"ewc_{lam:g}_seed1", "finetune_seed0",
+                                       "finetune_seed1")):
+        model = ewc_gan.load_checkpoint(tmp_path / folder / "adapted.pt")
+        measures = ruler(ewc_gan.generate(model, ruler.n, seed=1))
+        assert {name: float(row[name]) for name in measures} == pytest.approx(measures, rel=1e-3)
+        measured.append(measures["frechet"])
+    mean, spread = np.mean(measured[2:]), np.std(measured[2:], ddof=1)
+    assert f"{mean:.3g} ±{spread:.2g}" in printed
+    assert {"comparison.png", "paths.png"} <= {path.name for path in tmp_path.iterdir()}
+    before = (tmp_path / "comparison.csv").read_bytes()
+    assert run(*argv, "--resume") == 0 and (tmp_path / "comparison.csv").read_bytes() == before
+
+
+def test_inception_that_cannot_be_fetched_is_one_line(tmp_path, capsys, monkeypatch):
+    def offline(**_):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(ewc_gan, "inception_v3", offline)
+    out = tmp_path / "o"
+    assert run("--target", SHOTS, "--features", "inception", "--out", out) == 2
+    error = capsys.readouterr().err
+    assert "--features inception" in error and error.count("\n") == 1 and not out.exists()
+
+
 # --------------------------------------------------------------------------------------------------
 # Images and files
 # --------------------------------------------------------------------------------------------------
@@ -632,6 +700,8 @@ def test_bad_checkpoints_are_refused_in_one_line(kind, tmp_path, capsys, monkeyp
     (["--target", str(SHOTS), "--out", str(SHOTS / "out")], "target folder"),
     (["--target", str(SHOTS), "--shots", "11"], "--shots"),
     (["--target", str(SHOTS), "--resume"], "adapted.pt"),
+    (["--target", str(SHOTS), "--reference", str(SHOTS)], "10 images"),
+    (["--target", str(SHOTS), "--method", "magic"], "--method"),
     (["--generate", "3", "--out", "o"], "--checkpoint"),
     (["--generate", "3", "--out", "o", "--checkpoint", "c", "--lam", "3"], "--lam"),
     ([], "--target"),

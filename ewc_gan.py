@@ -2,6 +2,7 @@
 
     python ewc_gan.py --target data/10shot                   # adapt the shipped source to ten shots
     python ewc_gan.py --target DIR --source CKPT --out DIR    # your images, your source
+    python ewc_gan.py --target DIR --method ewc finetune l2 freezed --seed 0 1 2 --reference DIR
     python ewc_gan.py --checkpoint out/10shot/adapted.pt --generate 500 --out DIR
 
 The method is that of Li, Zhang, Lu and Shechtman, "Few-shot Image Generation with Elastic Weight
@@ -14,8 +15,9 @@ as the judge.  Then G is trained on about ten target images, and weights that ma
 so that the images take the look of the target and keep the variety of the source.
 
 What differs from the paper: networks of a million weights at 64 pixels where the paper uses a
-StyleGAN at 256; a drawn source domain; no noise inputs in G.  The sections follow the paper:
-images, networks, losses, source model, importance of weights, adaptation; then pictures and files.
+StyleGAN at 256; a drawn source domain; no noise inputs in G; D sees shifted images.  The sections
+follow the paper: images, networks, losses, source model, importance of weights, adaptation; then
+measures, files, pictures and the command line.
 """
 import argparse
 import contextlib
@@ -76,9 +78,12 @@ class Settings:
 
 
 METHODS = {"ewc": "weights are held back, each by its Fisher information",
+           "inner": "as ewc, but biases, norms and the layers that make RGB are free",
            "finetune": "no weight is held back: lambda = 0",
            "l2": "all weights are held back alike: each by the mean of the Fisher information",
            "freezed": "no weight is held back, D's lower layers are frozen (Mo et al. 2020)"}
+
+PULLS = {"ewc", "inner", "l2"}       # where lambda means something
 
 # The Fisher information of the StyleGAN is some 40 times that of the DCGAN: a smaller lambda.
 ADAPT = {"dcgan": Settings(),
@@ -88,8 +93,8 @@ ADAPT = {"dcgan": Settings(),
 PRETRAIN = {
     "dcgan": Settings(steps=24000, batch_size=16, lr=2e-3, d_lr_ratio=1.0, lr_decay=3000.0,
                       r1_gamma=1.0, shift=0.0, lam=0.0),
-    "stylegan": Settings(steps=24000, batch_size=16, lr=5e-3, d_lr_ratio=1.0, lr_decay=3000.0,
-                         r1_gamma=1.0, beta1=0.0, shift=0.0, lam=0.0),
+    "stylegan": Settings(steps=66000, batch_size=16, lr=5e-3, d_lr_ratio=1.0, lr_decay=3000.0,
+                         r1_gamma=0.1, beta1=0.0, shift=0.0, lam=0.0),
 }
 
 
@@ -182,6 +187,10 @@ class DCGANGenerator(nn.Module):
             self.add_module(name, layer)
             if isinstance(layer, nn.ConvTranspose2d):
                 nn.init.normal_(layer.weight, 0, 0.02)
+
+    def rgb(self):
+        """The layer that makes RGB from features."""
+        return list(self.children())[-1]
 
     def forward(self, z):
         x = z[:, :, None, None]                                             # [N, z_dim, 1, 1]
@@ -283,6 +292,10 @@ class StyleGANGenerator(nn.Module):
         self.before = nn.ModuleList(ModulatedConv(i, o, 3, z_dim) for i, o in pairs)
         self.after = nn.ModuleList(ModulatedConv(o, o, 3, z_dim) for _, o in pairs)
         self.to_rgb = nn.ModuleList(ModulatedConv(c, 3, 1, z_dim, False) for c in channels)
+
+    def rgb(self):
+        """The layers that make RGB from features."""
+        return self.to_rgb
 
     def forward(self, z):
         w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()       # [N, z_dim], on a sphere
@@ -723,16 +736,21 @@ def source_fisher(source, settings):
     return fisher_diagonal(G, source.D, z.to(next(G.parameters()).device))
 
 
-def pull_of(method, lam, theta_S, F):
+def pull_of(method, lam, G, theta_S, F):
     """What is added to the loss of G: a function of G, or None where nothing holds it back.
 
-    l2 gives every weight the mean of F, so that the pull is equal in sum: is it the Fisher
-    information that helps, or would any pull towards the source do?
+    inner  The source's D finds the palette of its own domain important, but a target has another.
+           Kernels inside G hold what a face is; biases, norms and RGB layers, how it is painted.
+    l2     Every weight gets the mean of F, so that the pull is equal in sum: is it the Fisher
+           information that helps, or would any pull towards the source do?
     """
+    if method == "inner":
+        paint = set(map(id, G.rgb().parameters()))
+        F = {name: F[name] for name, p in G.named_parameters() if p.dim() > 1 and id(p) not in paint}
     if method == "l2":
         mean = sum(f.sum() for f in F.values()) / sum(f.numel() for f in F.values())
         F = {name: mean.expand_as(f) for name, f in F.items()}
-    if method in ("ewc", "l2") and lam:
+    if method in PULLS and lam:
         return lambda G: lam * ewc_penalty(G, theta_S, F)
     return None
 
@@ -754,7 +772,7 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, save_ever
     model.D.requires_grad_(True).train()
     F = F or source_fisher(source, settings)
     theta_S = {name: p.detach().clone() for name, p in model.G.named_parameters()}
-    pull = pull_of(settings.method, settings.lam, theta_S, F)
+    pull = pull_of(settings.method, settings.lam, model.G, theta_S, F)
     if settings.method == "freezed":
         model.D.lower().requires_grad_(False)
     trainer, log = Trainer(model, settings, amp), []
@@ -1195,7 +1213,8 @@ def add_shared_options(parser, table):
             ("--steps", number(int, 1), "training steps"),
             ("--batch-size", number(int, 1), "images a step"),
             ("--lr", number(float, 1e-9, 1), "Adam's learning rate for G"),
-            ("--r1-gamma", number(float, 0), "weight of the R1 penalty on D")]:
+            ("--r1-gamma", number(float, 0), "weight of the R1 penalty on D"),
+            ("--shift", number(float, 0, 0.5), "D sees images moved by up to this part of them")]:
         default = defaults(table, option[2:].replace("-", "_"))
         parser.add_argument(option, type=kind, help=f"{text} (default: {default})")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
@@ -1268,7 +1287,7 @@ def planned_runs(args, settings, out):
     one lambda, 0.  A single run goes into out, several into a folder each."""
     runs = {}
     for method in args.method:
-        for lam in (args.lam or [settings.lam]) if method in ("ewc", "l2") else [0.0]:
+        for lam in (args.lam or [settings.lam]) if method in PULLS else [0.0]:
             name = f"{method}_{lam:g}" if lam else "freezed" if method == "freezed" else "finetune"
             for seed in args.seed:
                 run = replace(settings, method=name.partition("_")[0], lam=lam, seed=seed)
@@ -1311,12 +1330,16 @@ def run_adapt(args, device, amp):
               "numpy": np.__version__, "python": sys.version.split()[0]}
     print("  ".join(f"{key}={value}" for key, value in {**asdict(runs[0][1]), **config}.items()),
           flush=True)
-    if args.dry_run:
-        return
-    fisher = functools.cache(lambda seed: source_fisher(source, replace(settings, seed=seed)))
+    if not args.dry_run:
+        execute(runs, out, source, shots, ruler, config, begun, amp)
+
+
+def execute(runs, out, source, shots, ruler, config, begun, amp):
+    """Adapt, measure and picture each run, and then all of them side by side."""
+    fisher = functools.cache(lambda seed: source_fisher(source, replace(runs[0][1], seed=seed)))
     logs, rows = {}, {"source": generate(source, 10)}
     table = [{"run": "source", **ruler(generate(source, ruler.n, seed=1))}]
-    if args.reference:
+    if ruler.reference is not None:
         table.append({"run": "held-out", **ruler.of_reference()})
     for name, run, folder in runs:
         make_folder(folder)
@@ -1333,10 +1356,10 @@ def run_adapt(args, device, amp):
         print(f"{out / 'samples.png'}: the source above, the adapted model below")
     else:
         comparison_picture(to_float(shots), rows).save(out / "comparison.png")
-        if args.reference:
+        if ruler.reference is not None:
             paths_picture(logs).save(out / "paths.png")
         write_table(out / "comparison.csv", table)
-    if len(runs) > 1 or args.reference:
+    if len(runs) > 1 or ruler.reference is not None:
         print_table(table)
 
 

@@ -491,18 +491,24 @@ def test_layer_changes_by_hand():
 # Baselines, comparisons and their measures
 # --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_l2_pulls_all_weights_alike_and_as_hard_in_sum(arch):
+def test_what_each_method_holds_back(arch):
+    """l2: all weights alike, and as hard in sum as ewc; inner: not those that only paint."""
     model = small_model(arch)
     G, F = model.G, fisher_diagonal(model.G, model.D, torch.randn(4, 8))
     theta_S = {name: p.detach() - 1 for name, p in G.named_parameters()}       # all moved by 1
-    ewc, l2 = (ewc_gan.pull_of(method, 3.0, theta_S, F) for method in ("ewc", "l2"))
+    ewc, l2, inner = (ewc_gan.pull_of(method, 3.0, G, theta_S, F)
+                      for method in ("ewc", "l2", "inner"))
     total = sum(f.double().sum().item() for f in F.values())
     assert ewc(G).item() == pytest.approx(3 * total, rel=1e-4)
     assert l2(G).item() == pytest.approx(3 * total, rel=1e-4), "l2: the same pull in sum"
     gradients = torch.cat([g.flatten() for g in torch.autograd.grad(l2(G), list(G.parameters()))])
     torch.testing.assert_close(gradients, gradients[:1].expand_as(gradients), rtol=1e-3, atol=0)
     for method, lam in (("finetune", 3.0), ("freezed", 3.0), ("ewc", 0.0)):
-        assert ewc_gan.pull_of(method, lam, theta_S, F) is None
+        assert ewc_gan.pull_of(method, lam, G, theta_S, F) is None
+    gradients = torch.autograd.grad(inner(G), list(G.parameters()), materialize_grads=True)
+    free = {name for name, g in zip(F, gradients) if (g == 0).all()}
+    assert free == {name for name in F if F[name].dim() == 1 or name.startswith(
+        ("conv32", "to_rgb"))}, "inner leaves biases, norms and RGB layers free, and no other"
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -579,10 +585,15 @@ def test_runs_of_a_comparison():
         "o/freezed_seed3": ("freezed", 0.0, 3), "o/freezed_seed4": ("freezed", 0.0, 4)}
 
 
-def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys):
+def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys, monkeypatch):
     """The figures in comparison.csv are those of the models in its folders; --resume repeats it."""
+    ewc_gan.save_checkpoint(tmp_path / "source.pt", small_model("dcgan"))
+    ruler = ewc_gan.Ruler(ewc_gan.discriminator_features("cpu"), load_images(SHOTS, 32),
+                          load_images(SHOTS.parent, 32), n=40)
+    monkeypatch.setattr(ewc_gan, "make_ruler", lambda *_: ruler)
     argv = ["--target", SHOTS, "--method", "ewc", "finetune", "--seed", 0, 1, "--reference",
-            SHOTS.parent, "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--fisher-samples", 2]
+            SHOTS.parent, "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--fisher-samples", 2,
+            "--source", tmp_path / "source.pt"]
     assert run(*argv) == 0
     printed = capsys.readouterr().out
     with open(tmp_path / "comparison.csv", newline="") as file:
@@ -591,8 +602,6 @@ def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys):
     assert [(row["run"], row["seed"]) for row in table] == [
         ("source", ""), ("held-out", ""), (f"ewc_{lam:g}", "0"), (f"ewc_{lam:g}", "1"),
         ("finetune", "0"), ("finetune", "1")]
-    ruler = ewc_gan.Ruler(ewc_gan.discriminator_features("cpu"), load_images(SHOTS, 64),
-                          load_images(SHOTS.parent, 64))
     measured = []
     for row, folder in zip(table[2:], (f"ewc_{lam:g}_seed0", f"ewc_{lam:g}_seed1", "finetune_seed0",
                                        "finetune_seed1")):

@@ -93,7 +93,7 @@ ADAPT = {"dcgan": Settings(),
 PRETRAIN = {
     "dcgan": Settings(steps=24000, batch_size=16, lr=2e-3, d_lr_ratio=1.0, lr_decay=3000.0,
                       r1_gamma=1.0, shift=0.0, lam=0.0),
-    "stylegan": Settings(steps=66000, batch_size=16, lr=5e-3, d_lr_ratio=1.0, lr_decay=3000.0,
+    "stylegan": Settings(steps=60000, batch_size=16, lr=5e-3, d_lr_ratio=1.0, lr_decay=3000.0,
                          r1_gamma=0.1, beta1=0.0, shift=0.0, lam=0.0),
 }
 
@@ -1044,10 +1044,10 @@ def curves_picture(log, width=420, height=150):
 def paths_picture(logs, size=560):
     """Fit against variety as training goes on, one path a run: the best lies at lower right."""
     sheet, pen, write = canvas(size + 60, size + 60)
-    lines = {label: [(row["diversity"], row["frechet"]) for row in log if "frechet" in row]
+    lines = {label: [(row["recall"], math.log10(row["frechet"])) for row in log if "recall" in row]
              for label, log in logs.items()}
-    draw_lines(pen, write, 30, 30, size, size, "up: Frechet distance.  right: diversity", lines,
-               from_zero=False)
+    draw_lines(pen, write, 30, 30, size, size, "up: log10 of the Frechet distance.  right: recall",
+               lines, from_zero=False)
     return sheet
 
 

@@ -746,7 +746,8 @@ def pull_of(method, lam, G, theta_S, F):
     """
     if method == "inner":
         paint = set(map(id, G.rgb().parameters()))
-        F = {name: F[name] for name, p in G.named_parameters() if p.dim() > 1 and id(p) not in paint}
+        F = {name: F[name] for name, p in G.named_parameters()
+             if p.dim() > 1 and id(p) not in paint}
     if method == "l2":
         mean = sum(f.sum() for f in F.values()) / sum(f.numel() for f in F.values())
         F = {name: mean.expand_as(f) for name, f in F.items()}
@@ -756,7 +757,7 @@ def pull_of(method, lam, G, theta_S, F):
 
 
 def adapt(source, images, settings, out=None, amp="off", resume=False, save_every=200, F=None,
-          measure=None, measure_every=100):
+          measure=None, measure_every=200):
     """Adapt a source model to a few images with EWC, or with a baseline (settings.method).
 
     source   Model, not changed.  theta_S is its G_ema: Fisher information, penalty and training all
@@ -1022,8 +1023,9 @@ def draw_lines(pen, write, x, y, width, height, title, lines, from_zero=True):
         places = [(x + width * (a - left) / ((right - left) or 1),
                    y + height * (1 - (b - low) / ((high - low) or 1))) for a, b in line]
         pen.line(places if len(places) > 1 else places * 2, fill=color, width=2)
-        pen.circle(places[-1], 4, fill=color)
-        write(*places[-1], f" {label}", anchor="ls" if places[-1][0] < x + width / 2 else "rs")
+        x_end, y_end = places[-1]
+        pen.ellipse([x_end - 4, y_end - 4, x_end + 4, y_end + 4], fill=color)
+        write(x_end, y_end, f" {label}", anchor="ls" if x_end < x + width / 2 else "rs")
     write(x, y - 17, title)
     write(x + width, y - 17, f"{low:.3g} to {high:.3g}", anchor="ra")
     write(x + width, y + height + 2, f"{left:.3g} to {right:.3g}", anchor="ra")
@@ -1045,7 +1047,7 @@ def paths_picture(logs, size=560):
     """Fit against variety as training goes on, one path a run: the best lies at lower right."""
     sheet, pen, write = canvas(size + 60, size + 60)
     lines = {label: [(row["recall"], math.log10(row["frechet"])) for row in log if "recall" in row]
-             for label, log in logs.items()}
+             for label, log in logs.items() if "recall" in log[-1]}
     draw_lines(pen, write, 30, 30, size, size, "up: log10 of the Frechet distance.  right: recall",
                lines, from_zero=False)
     return sheet
@@ -1350,13 +1352,16 @@ def execute(runs, out, source, shots, ruler, config, begun, amp):
         write_run(folder, source, shots, result)
         if name not in rows:                                    # of several seeds, show the first
             logs[name], rows[name] = result.log, generate(result.model, 10)
+        measured = result.log[-1]
+        if not table[0].keys() - {"run"} <= measured.keys():    # begun without --reference
+            measured = ruler(generate(result.model, ruler.n, seed=1))
         table.append({"run": name, "seed": run.seed,
-                      **{key: result.log[-1][key] for key in table[0] if key != "run"}})
+                      **{key: measured[key] for key in table[0] if key != "run"}})
     if len(runs) == 1:
         print(f"{out / 'samples.png'}: the source above, the adapted model below")
     else:
         comparison_picture(to_float(shots), rows).save(out / "comparison.png")
-        if ruler.reference is not None:
+        if "recall" in next(iter(logs.values()))[-1]:           # not in runs resumed without it
             paths_picture(logs).save(out / "paths.png")
         write_table(out / "comparison.csv", table)
     if len(runs) > 1 or ruler.reference is not None:

@@ -1059,11 +1059,12 @@ def comparison_picture(shots, rows, columns=10):
     pictures = {label: image_grid(images[:columns], columns, scale)
                 for label, images in rows.items()}
     height = next(iter(pictures.values())).height + 4
-    left = image_grid(shots[:2 * len(rows)], 2, scale)
+    across = min(math.ceil(len(shots) / len(rows)), 5)
+    left = image_grid(shots[:across * len(rows)], across, scale)
     x = left.width + 130
     sheet, _, write = canvas(x + next(iter(pictures.values())).width + 6,
                              26 + max(height * len(rows), left.height))
-    write(8, 5, f"the {len(shots)} target images")
+    write(8, 5, f"{min(len(shots), across * len(rows))} of {len(shots)} target images")
     sheet.paste(left, (6, 26))
     for i, (label, picture) in enumerate(pictures.items()):
         write(x - 10, 20 + (i + 0.5) * height, label, anchor="rm")

@@ -847,26 +847,28 @@ class Ruler:
     shots, reference   images; without a reference there is no fit to measure
     """
     def __init__(self, features, shots, reference=None, n=1000):
-        self.features, self.n = features, n
-        self.shots = features(shots)
-        self.reference = None if reference is None else features(reference[:n])
-        self.unit = (self.shots if reference is None else self.reference).square().mean().sqrt()
+        self.features, self.n, self.shots, self.reference = features, n, features(shots), None
+        self.unit = self.shots.square().mean().sqrt()           # gives figures of a readable size
+        if reference is not None:
+            self.reference = features(reference[:n])
+            self.unit = self.reference.square().mean().sqrt()
+            self.reference = self.reference / self.unit
+        self.shots = self.shots / self.unit
 
     def __call__(self, images):
         """{name: number} for images float [N, 3, R, R]: fit first, then variety."""
-        x, shots, row = self.features(images) / self.unit, self.shots / self.unit, {}
+        x, row = self.features(images) / self.unit, {}
         if self.reference is not None:
-            reference = self.reference / self.unit
-            row["frechet"] = frechet_distance(x, reference)
-            row["precision"], row["recall"] = precision_recall(reference, x)
-        row["diversity"], row["nearest_shot"] = diversity_and_nearest(x, shots)
+            row["frechet"] = frechet_distance(x, self.reference)
+            row["precision"], row["recall"] = precision_recall(self.reference, x)
+        row["diversity"], row["nearest_shot"] = diversity_and_nearest(x, self.shots)
         return row
 
     def of_reference(self):
         """The same for the reference, one half against the other: what perfect looks like."""
-        x, half = self.reference / self.unit, len(self.reference) // 2
+        x, half = self.reference, len(self.reference) // 2
         precision, recall = precision_recall(x[:half], x[half:])
-        diversity, nearest = diversity_and_nearest(x, self.shots / self.unit)
+        diversity, nearest = diversity_and_nearest(x, self.shots)
         return {"frechet": frechet_distance(x[:half], x[half:]), "precision": precision,
                 "recall": recall, "diversity": diversity, "nearest_shot": nearest}
 

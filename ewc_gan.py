@@ -62,32 +62,30 @@ class Settings:
     steps: int = 800             # long enough to take on the look; later on, the shots are copied
     batch_size: int = 4          # ten shots hold little more than four images do
     lr: float = 1e-3             # of Adam, for G
-    d_lr_ratio: float = 0.1      # D's learning rate over G's: slow, or D knows the shots by heart
+    d_lr_ratio: float = 0.2      # D's learning rate over G's: slow, or D knows the shots by heart
     lr_decay: float = 0.0        # if set, lr / sqrt(1 + step / lr_decay): fast first, then finer
     beta1: float = 0.5           # DCGAN's value: less momentum, for the target moves (Radford 2016)
     beta2: float = 0.99
-    r1_gamma: float = 3.0        # weight of the R1 penalty on D
+    r1_gamma: float = 0.3        # weight of the R1 penalty on D: with more, D sees no details
     r1_every: int = 16           # R1 is costly and changes slowly: every 16th step, 16-fold
     ema: float = 0.999           # largest decay of G's moving average; at step t: 1 - 9 / (10 + t)
     flip: bool = True            # mirrored images are images of the same domain
     shift: float = 0.0625        # D sees images moved by up to this part of their size
     method: str = "ewc"          # one of METHODS
-    lam: float = 100.0           # lambda, the strength of EWC; 0 is plain fine-tuning
+    lam: float = 5e-4            # lambda, the strength of EWC; 0 is plain fine-tuning
     fisher_samples: int = 256    # N of the Fisher estimate
     seed: int = 0
 
 
-METHODS = {"ewc": "weights are held back, each by its Fisher information",
-           "inner": "as ewc, but biases, norms and the layers that make RGB are free",
+METHODS = {"ewc": "weights are held back, each by its scaled Fisher information",
+           "raw": "as ewc, by the Fisher information as it is, whose scale changes with the source",
+           "l2": "all weights are held back alike, as hard as by ewc in sum",
            "finetune": "no weight is held back: lambda = 0",
-           "l2": "all weights are held back alike: each by the mean of the Fisher information",
            "freezed": "no weight is held back, D's lower layers are frozen (Mo et al. 2020)"}
 
-PULLS = {"ewc", "inner", "l2"}       # where lambda means something
+LAM = {"ewc": Settings.lam, "raw": 100.0, "l2": Settings.lam}      # default lambda, where it counts
 
-# The Fisher information of the StyleGAN is some 200 times that of the DCGAN: a smaller lambda.
-ADAPT = {"dcgan": Settings(),
-         "stylegan": Settings(beta1=0.0, d_lr_ratio=0.2, lam=3.0)}
+ADAPT = {"dcgan": Settings(), "stylegan": Settings(lr=2.5e-3, beta1=0.0)}
 
 # Pretraining sees thousands of images: larger batches and steps, D as fast as G, no penalty.
 PRETRAIN = {
@@ -187,10 +185,6 @@ class DCGANGenerator(nn.Module):
             self.add_module(name, layer)
             if isinstance(layer, nn.ConvTranspose2d):
                 nn.init.normal_(layer.weight, 0, 0.02)
-
-    def rgb(self):
-        """The layer that makes RGB from features."""
-        return list(self.children())[-1]
 
     def forward(self, z):
         x = z[:, :, None, None]                                             # [N, z_dim, 1, 1]
@@ -292,10 +286,6 @@ class StyleGANGenerator(nn.Module):
         self.before = nn.ModuleList(ModulatedConv(i, o, 3, z_dim) for i, o in pairs)
         self.after = nn.ModuleList(ModulatedConv(o, o, 3, z_dim) for _, o in pairs)
         self.to_rgb = nn.ModuleList(ModulatedConv(c, 3, 1, z_dim, False) for c in channels)
-
-    def rgb(self):
-        """The layers that make RGB from features."""
-        return self.to_rgb
 
     def forward(self, z):
         w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()       # [N, z_dim], on a sphere
@@ -736,24 +726,32 @@ def source_fisher(source, settings):
     return fisher_diagonal(G, source.D, z.to(next(G.parameters()).device))
 
 
-def pull_of(method, lam, G, theta_S, F):
+def scaled_fisher(F, most=0.99):
+    """F without a scale: capped at its quantile `most`, and divided by its mean after that.
+
+    The scale of F depends on how sure D is and on how G stores its weights; and a few biases, which
+    set the palette of the source, can outweigh all the rest a thousandfold.  A new domain has a new
+    palette.  Capped and scaled, F gives lambda the same meaning for every source model.
+    """
+    values = torch.cat([f.flatten() for f in F.values()])
+    cap = values.kthvalue(math.ceil(most * len(values))).values
+    mean = values.clamp(max=cap).mean()
+    return {name: f.clamp(max=cap) / mean for name, f in F.items()}
+
+
+def pull_of(method, lam, theta_S, F):
     """What is added to the loss of G: a function of G, or None where nothing holds it back.
 
-    inner  The source's D finds the palette of its own domain important, but a target has another.
-           Kernels inside G hold what a face is; biases, norms and RGB layers, how it is painted.
-    l2     Every weight gets the mean of F, so that the pull is equal in sum: is it the Fisher
-           information that helps, or would any pull towards the source do?
+    l2  Every weight counts 1, which is the mean of the scaled F: is it the Fisher information that
+        helps, or would any pull towards the source do?
     """
-    if method == "inner":
-        paint = set(map(id, G.rgb().parameters()))
-        F = {name: F[name] for name, p in G.named_parameters()
-             if p.dim() > 1 and id(p) not in paint}
-    if method == "l2":
-        mean = sum(f.sum() for f in F.values()) / sum(f.numel() for f in F.values())
-        F = {name: mean.expand_as(f) for name, f in F.items()}
-    if method in PULLS and lam:
-        return lambda G: lam * ewc_penalty(G, theta_S, F)
-    return None
+    if method not in LAM or not lam:
+        return None
+    if method == "ewc":
+        F = scaled_fisher(F)
+    elif method == "l2":
+        F = {name: torch.ones_like(f) for name, f in F.items()}
+    return lambda G: lam * ewc_penalty(G, theta_S, F)
 
 
 def adapt(source, images, settings, out=None, amp="off", resume=False, save_every=200, F=None,
@@ -773,7 +771,7 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, save_ever
     model.D.requires_grad_(True).train()
     F = F or source_fisher(source, settings)
     theta_S = {name: p.detach().clone() for name, p in model.G.named_parameters()}
-    pull = pull_of(settings.method, settings.lam, model.G, theta_S, F)
+    pull = pull_of(settings.method, settings.lam, theta_S, F)
     if settings.method == "freezed":
         model.D.lower().requires_grad_(False)
     trainer, log = Trainer(model, settings, amp), []
@@ -996,22 +994,6 @@ def canvas(width, height):
     return sheet, pen, lambda x, y, text, **k: pen.text((x, y), text, "black", font, **k)
 
 
-def samples_picture(shots, source, adapted, columns=8):
-    """The shots at the left; at the right, in pairs of rows, the same z before and after."""
-    scale = max(1, 128 // shots.shape[-1])
-    pairs = [image_grid(torch.cat([source[i:i + columns], adapted[i:i + columns]]), columns, scale)
-             for i in range(0, len(source), columns)]
-    left, step = image_grid(shots[:6 * len(pairs)], 3, scale), pairs[0].height + 10
-    x = left.width + 30
-    sheet, _, write = canvas(x + pairs[0].width + 6, 26 + step * len(pairs))
-    write(8, 5, f"the {len(shots)} target images")
-    write(x, 5, "upper row: source.   lower row: adapted, each from the z of the image above it")
-    sheet.paste(left, (6, 26))
-    for i, pair in enumerate(pairs):
-        sheet.paste(pair, (x, 26 + i * step))
-    return sheet
-
-
 COLORS = ["#1f5fa8", "#c0392b", "#2e8b57", "#d98e04", "#7d3c98", "#17a2b8", "#8a6d3b", "#555555"]
 
 
@@ -1055,27 +1037,30 @@ def paths_picture(logs, size=560):
     return sheet
 
 
-def comparison_picture(shots, rows, columns=10):
-    """The shots at the left; at the right a row of samples for each run, all from the same z."""
-    scale = max(1, 96 // shots.shape[-1])
-    pictures = {label: image_grid(images[:columns], columns, scale)
-                for label, images in rows.items()}
-    height = next(iter(pictures.values())).height + 4
+def samples_picture(shots, rows):
+    """The shots at the left; at the right rows of samples, [(label, images), ...]: a column shows
+    what became of one z."""
+    scale = max(1, 128 // shots.shape[-1])
+    pictures = [image_grid(images, len(images), scale) for _, images in rows]
+    height = pictures[0].height + 4
     across = min(math.ceil(len(shots) / len(rows)), 5)
-    left = image_grid(shots[:across * len(rows)], across, scale)
+    shown = shots[:across * len(rows)]
+    left = image_grid(shown, across, scale)
     x = left.width + 130
-    sheet, _, write = canvas(x + next(iter(pictures.values())).width + 6,
+    sheet, _, write = canvas(x + pictures[0].width + 6,
                              26 + max(height * len(rows), left.height))
-    write(8, 5, f"{min(len(shots), across * len(rows))} of {len(shots)} target images")
+    write(8, 5, f"{len(shown)} of {len(shots)} target images")
     sheet.paste(left, (6, 26))
-    for i, (label, picture) in enumerate(pictures.items()):
+    for i, ((label, _), picture) in enumerate(zip(rows, pictures)):
         write(x - 10, 20 + (i + 0.5) * height, label, anchor="rm")
         sheet.paste(picture, (x, 26 + i * height))
     return sheet
 
 
+@torch.no_grad()
 def layers(theta, theta_S, F):
-    """Per layer of G: (name, mean Fisher information, weight change in %), in G's order.
+    """A dict for each layer of G, in G's order: its mean Fisher information, the mean absolute
+    weight, and the change of the weights in %.
 
     The change is sum |theta - theta_S| / sum |theta_S| over a layer: a mean of single ratios would
     be ruled by the weights that happen to lie near 0.  A layer is a module; the style of a
@@ -1086,10 +1071,12 @@ def layers(theta, theta_S, F):
         groups.setdefault(name.rpartition(".")[0].removesuffix(".style") or name, []).append(name)
     rows = []
     for layer, names in groups.items():
-        change = sum((theta[n].detach() - theta_S[n]).abs().sum() for n in names)
-        size = sum(theta_S[n].abs().sum() for n in names)
-        fisher = sum(F[n].sum() for n in names) / sum(F[n].numel() for n in names)
-        rows.append((layer, float(fisher), 100 * float(change / size)))
+        n = sum(F[name].numel() for name in names)
+        fisher = float(sum(F[name].sum() for name in names) / n)
+        weight = float(sum(theta_S[name].abs().sum() for name in names) / n)
+        change = float(sum((theta[name] - theta_S[name]).abs().sum() for name in names) / n)
+        rows.append({"layer": layer, "fisher": fisher, "weight": weight,
+                     "change": 100 * change / weight})
     return rows
 
 
@@ -1098,13 +1085,13 @@ def layers_picture(rows, bar=300, height=20):
     sheet, pen, write = canvas(130 + 2 * bar + 140, 30 + height * len(rows))
     write(130, 6, "mean Fisher information (log scale)")
     write(200 + bar, 6, "weight change, %")
-    logs = [math.log10(max(fisher, 1e-30)) for _, fisher, _ in rows]
-    low, high, most = min(logs) - 0.3, max(logs), max(change for *_, change in rows) or 1.0
-    for i, ((name, fisher, change), log) in enumerate(zip(rows, logs)):
+    logs = [math.log10(max(row["fisher"], 1e-30)) for row in rows]
+    low, high, most = min(logs) - 0.3, max(logs), max(row["change"] for row in rows) or 1.0
+    for i, (row, log) in enumerate(zip(rows, logs)):
         y = 28 + i * height
-        write(8, y, name)
-        bars = ((130, (log - low) / (high - low), "#c0392b", f"{fisher:.1e}"),
-                (200 + bar, change / most, "#1f5fa8", f"{change:.2f}"))
+        write(8, y, row["layer"])
+        bars = ((130, (log - low) / (high - low), "#c0392b", f"{row['fisher']:.1e}"),
+                (200 + bar, row["change"] / most, "#1f5fa8", f"{row['change']:.2f}"))
         for x, share, color, label in bars:
             pen.rectangle([x, y + 1, x + share * bar, y + height - 4], fill=color)
             write(x + share * bar + 5, y, label)
@@ -1134,15 +1121,17 @@ def write_table(path, rows):
         writer.writerows(rows)
 
 
-def write_run(out, source, shots, result, samples=16):
+def write_run(out, source, shots, result):
     """All pictures and tables of a run."""
-    model = result.model
+    model, before, after = result.model, generate(source, 16), generate(result.model, 16)
     rows = layers(dict(model.G_ema.named_parameters()), result.theta_S, result.F)
-    samples_picture(to_float(shots), generate(source, samples), generate(model, samples)).save(
+    samples_picture(to_float(shots), [("source", before[:8]), ("adapted", after[:8]),
+                                      ("source", before[8:]), ("adapted", after[8:])]).save(
         out / "samples.png")
     layers_picture(rows).save(out / "layers.png")
     curves_picture(result.log).save(out / "curves.png")
     save_interpolation(out / "interpolation.gif", source, model)
+    write_table(out / "layers.csv", rows)
     write_table(out / "log.csv", result.log)
 
 
@@ -1218,6 +1207,7 @@ def add_shared_options(parser, table):
             ("--steps", number(int, 1), "training steps"),
             ("--batch-size", number(int, 1), "images a step"),
             ("--lr", number(float, 1e-9, 1), "Adam's learning rate for G"),
+            ("--d-lr-ratio", number(float, 0, 100), "D's learning rate over G's"),
             ("--r1-gamma", number(float, 0), "weight of the R1 penalty on D"),
             ("--shift", number(float, 0, 0.5), "D sees images moved by up to this part of them")]:
         default = defaults(table, option[2:].replace("-", "_"))
@@ -1239,7 +1229,7 @@ def parse_arguments(argv):
                    help="several: a comparison, from the same z and seed (default: ewc).  "
                    + "; ".join(f"{name}: {text}" for name, text in METHODS.items()))
     p.add_argument("--lam", nargs="+", type=number(float, 0), help="lambda, the strength of EWC; "
-                   f"several: a sweep (default: {defaults(ADAPT, 'lam')})")
+                   f"several: a sweep (default: {Settings.lam:g}; for raw {LAM['raw']:g})")
     p.add_argument("--reference", type=Path, help="folder of target images that are held out: "
                    "measures how well each run fits them")
     p.add_argument("--features", default="discriminator", choices=["discriminator", "inception"],
@@ -1292,7 +1282,7 @@ def planned_runs(args, settings, out):
     one lambda, 0.  A single run goes into out, several into a folder each."""
     runs = {}
     for method in args.method:
-        for lam in (args.lam or [settings.lam]) if method in PULLS else [0.0]:
+        for lam in (args.lam or [LAM[method]]) if method in LAM else [0.0]:
             name = f"{method}_{lam:g}" if lam else "freezed" if method == "freezed" else "finetune"
             for seed in args.seed:
                 run = replace(settings, method=name.partition("_")[0], lam=lam, seed=seed)
@@ -1342,7 +1332,7 @@ def run_adapt(args, device, amp):
 def execute(runs, out, source, shots, ruler, config, begun, amp):
     """Adapt, measure and picture each run, and then all of them side by side."""
     fisher = functools.cache(lambda seed: source_fisher(source, replace(runs[0][1], seed=seed)))
-    logs, rows = {}, {"source": generate(source, 10)}
+    logs, rows = {}, {"source": generate(source, 8)}
     table = [{"run": "source", **ruler(generate(source, ruler.n, seed=1))}]
     if ruler.reference is not None:
         table.append({"run": "held-out", **ruler.of_reference()})
@@ -1354,7 +1344,7 @@ def execute(runs, out, source, shots, ruler, config, begun, amp):
                        measure=lambda model: ruler(generate(model, ruler.n, seed=1)))
         write_run(folder, source, shots, result)
         if name not in rows:                                    # of several seeds, show the first
-            logs[name], rows[name] = result.log, generate(result.model, 10)
+            logs[name], rows[name] = result.log, generate(result.model, 8)
         measured = result.log[-1]
         if not table[0].keys() - {"run"} <= measured.keys():    # begun without --reference
             measured = ruler(generate(result.model, ruler.n, seed=1))
@@ -1363,7 +1353,7 @@ def execute(runs, out, source, shots, ruler, config, begun, amp):
     if len(runs) == 1:
         print(f"{out / 'samples.png'}: the source above, the adapted model below")
     else:
-        comparison_picture(to_float(shots), rows).save(out / "comparison.png")
+        samples_picture(to_float(shots), rows.items()).save(out / "comparison.png")
         if "recall" in next(iter(logs.values()))[-1]:           # not in runs resumed without it
             paths_picture(logs).save(out / "paths.png")
         write_table(out / "comparison.csv", table)

@@ -29,7 +29,7 @@ import draw_faces  # noqa: E402
 
 FAMILIES = sorted(ewc_gan.FAMILIES)
 SHOTS = ewc_gan.HERE / "data" / "10shot"
-TOY = Settings(steps=4, batch_size=2, fisher_samples=4, lam=100.0, r1_every=2)
+TOY = Settings(steps=4, batch_size=2, fisher_samples=4, method="raw", lam=100.0, r1_every=2)
 
 
 def small_model(arch, seed=0):
@@ -482,7 +482,9 @@ def test_layer_changes_by_hand():
     theta_S = {"up.weight": torch.tensor([[1.0, -3.0]]), "up.style.bias": torch.tensor([4.0])}
     theta = {"up.weight": torch.tensor([[2.0, -3.0]]), "up.style.bias": torch.tensor([3.0])}
     F = {"up.weight": torch.tensor([[1.0, 2.0]]), "up.style.bias": torch.tensor([6.0])}
-    assert ewc_gan.layers(theta, theta_S, F) == [("up", 3.0, 25.0)]        # (1+0+1) / (1+3+4)
+    assert ewc_gan.layers(theta, theta_S, F) == [
+        {"layer": "up", "fisher": 3.0, "weight": pytest.approx(8 / 3),
+         "change": pytest.approx(25.0)}]                                   # (1+0+1) / (1+3+4)
     change = ewc_gan.relative_change(theta, theta_S)
     assert change == pytest.approx((2 / 26) ** 0.5)
 
@@ -492,23 +494,32 @@ def test_layer_changes_by_hand():
 # --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_what_each_method_holds_back(arch):
-    """l2: all weights alike, and as hard in sum as ewc; inner: not those that only paint."""
+    """raw: each weight by F; ewc: by F without its scale and its few giants; l2: all alike."""
     model = small_model(arch)
     G, F = model.G, fisher_diagonal(model.G, model.D, torch.randn(4, 8))
     theta_S = {name: p.detach() - 1 for name, p in G.named_parameters()}       # all moved by 1
-    ewc, l2, inner = (ewc_gan.pull_of(method, 3.0, G, theta_S, F)
-                      for method in ("ewc", "l2", "inner"))
-    total = sum(f.double().sum().item() for f in F.values())
-    assert ewc(G).item() == pytest.approx(3 * total, rel=1e-4)
-    assert l2(G).item() == pytest.approx(3 * total, rel=1e-4), "l2: the same pull in sum"
-    gradients = torch.cat([g.flatten() for g in torch.autograd.grad(l2(G), list(G.parameters()))])
-    torch.testing.assert_close(gradients, gradients[:1].expand_as(gradients), rtol=1e-3, atol=0)
-    for method, lam in (("finetune", 3.0), ("freezed", 3.0), ("ewc", 0.0)):
-        assert ewc_gan.pull_of(method, lam, G, theta_S, F) is None
-    gradients = torch.autograd.grad(inner(G), list(G.parameters()), materialize_grads=True)
-    free = {name for name, g in zip(F, gradients) if (g == 0).all()}
-    assert free == {name for name in F if F[name].dim() == 1 or name.startswith(
-        ("conv32", "to_rgb"))}, "inner leaves biases, norms and RGB layers free, and no other"
+
+    def pull_on_each_weight(method, F):
+        pull = ewc_gan.pull_of(method, 3.0, theta_S, F)
+        gradients = torch.autograd.grad(pull(G), list(G.parameters()))
+        return torch.cat([g.flatten() for g in gradients]) / (2 * 3.0)
+
+    raw, ewc, l2 = (pull_on_each_weight(method, F) for method in ("raw", "ewc", "l2"))
+    f = torch.cat([f.flatten() for f in F.values()])
+    torch.testing.assert_close(raw, f, rtol=1e-3, atol=0)
+    torch.testing.assert_close(l2, torch.ones_like(f), rtol=1e-3, atol=0)
+    assert ewc.mean().item() == pytest.approx(1, rel=1e-3), "l2 and ewc: the same pull in sum"
+    order = f.sort()
+    giants = len(f) // 100
+    torch.testing.assert_close(ewc[order.indices[-giants:]].std().item(), 0.0, atol=1e-3, rtol=0,
+                               msg="the largest 1 % of F are not all cut to one height")
+    rest = order.indices[:-giants - 1]
+    torch.testing.assert_close(ewc[rest] * f[rest].sum(), f[rest] * ewc[rest].sum(),
+                               rtol=1e-3, atol=1e-12, msg="the other 99 % lost their proportions")
+    louder = {name: 1000 * f for name, f in F.items()}
+    torch.testing.assert_close(pull_on_each_weight("ewc", louder), ewc, rtol=1e-3, atol=1e-12)
+    for method, lam in (("finetune", 3.0), ("freezed", 3.0), ("ewc", 0.0), ("raw", 0.0)):
+        assert ewc_gan.pull_of(method, lam, theta_S, F) is None
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -570,7 +581,7 @@ def test_diversity_and_nearest_shot_by_hand():
 
 
 def test_runs_of_a_comparison():
-    """lambda is meant for ewc and l2 alone, and 0 makes both of them fine-tuning: run that once."""
+    """lambda is meant for ewc, raw and l2, and 0 makes all of them fine-tuning: run that once."""
     def names(*argv):
         args = ewc_gan.parse_arguments(["--target", "t", *argv])
         runs = ewc_gan.planned_runs(args, Settings(), Path("o"))
@@ -581,6 +592,8 @@ def test_runs_of_a_comparison():
     assert names("--lam", "0", "5", "--method", "ewc", "l2", "freezed", "finetune") == {
         "o/finetune": ("finetune", 0.0, 0), "o/ewc_5": ("ewc", 5.0, 0), "o/l2_5": ("l2", 5.0, 0),
         "o/freezed": ("freezed", 0.0, 0)}
+    assert names("--method", "raw", "ewc") == {                    # each with a default of its own
+        "o/raw_100": ("raw", 100.0, 0), "o/ewc_0.0005": ("ewc", 0.0005, 0)}
     assert names("--seed", "3", "4", "--method", "freezed") == {
         "o/freezed_seed3": ("freezed", 0.0, 3), "o/freezed_seed4": ("freezed", 0.0, 4)}
 
@@ -835,8 +848,8 @@ def test_the_main_job_and_its_sequel_at_toy_size(tmp_path, monkeypatch, capsys):
     assert run("--target", "data/10shot", *toy) == 0
     out = Path("out/10shot")
     assert {p.name for p in out.iterdir()} == {
-        "samples.png", "layers.png", "curves.png", "log.csv", "interpolation.gif", "adapted.pt",
-        "config.json"}
+        "samples.png", "layers.png", "layers.csv", "curves.png", "log.csv", "interpolation.gif",
+        "adapted.pt", "config.json"}
     lines = (out / "log.csv").read_text().splitlines()
     assert lines[0].startswith("step,loss_D,loss_G,penalty,share,change") and len(lines) == 3
     with Image.open(out / "interpolation.gif") as gif:

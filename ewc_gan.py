@@ -28,16 +28,19 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as nnF      # F is the Fisher information, as in the paper
@@ -59,10 +62,10 @@ class UserError(Exception):
 @dataclass
 class Settings:
     """Of a training; the defaults are those of a DCGAN's adaptation to ten images."""
-    steps: int = 800             # long enough to take on the look; later on, the shots are copied
+    steps: int = 1200            # long enough to take on the look; later on, the shots are copied
     batch_size: int = 4          # ten shots hold little more than four images do
     lr: float = 1e-3             # of Adam, for G
-    d_lr_ratio: float = 0.2      # D's learning rate over G's: slow, or D knows the shots by heart
+    d_lr_ratio: float = 0.1      # D's learning rate over G's: slow, or D knows the shots by heart
     lr_decay: float = 0.0        # if set, lr / sqrt(1 + step / lr_decay): fast first, then finer
     beta1: float = 0.5           # DCGAN's value: less momentum, for the target moves (Radford 2016)
     beta2: float = 0.99
@@ -85,7 +88,8 @@ METHODS = {"ewc": "weights are held back, each by its scaled Fisher information"
 
 LAM = {"ewc": Settings.lam, "raw": 100.0, "l2": Settings.lam}      # default lambda, where it counts
 
-ADAPT = {"dcgan": Settings(), "stylegan": Settings(lr=2.5e-3, beta1=0.0)}
+ADAPT = {"dcgan": Settings(),
+         "stylegan": Settings(lr=2.5e-3, beta1=0.0, r1_gamma=0.1)}
 
 # Pretraining sees thousands of images: larger batches and steps, D as fast as G, no penalty.
 PRETRAIN = {
@@ -124,8 +128,11 @@ def read_image(path, resolution):
     return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
 
 
-def read_folder(folder, resolution):
-    """Every image below a folder, in the order of their names, as uint8 [N, 3, R, R]."""
+def read_folder(folder, resolution, scratch=None):
+    """Every image below a folder, in the order of their names, as uint8 [N, 3, R, R].
+
+    scratch  a folder on disk: what is too much for memory is kept there, in a file without a name
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -135,8 +142,22 @@ def read_folder(folder, resolution):
     if not paths:
         raise UserError(f"{folder}: no images in it or below it "
                         f"({' '.join(sorted(IMAGE_SUFFIXES))})")
-    pixels = np.stack([read_image(path, resolution) for path in paths])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    shape = (len(paths), 3, resolution, resolution)
+    if scratch is None:
+        pixels = np.empty(shape, np.uint8)
+    else:
+        if shutil.disk_usage(scratch).free < 2 * math.prod(shape):     # a full disk would kill us
+            raise UserError(f"{scratch}: too little room there for {len(paths)} decoded images")
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            pixels = np.memmap(file, np.uint8, "w+", shape=shape)      # outlives its name
+
+    def read(i):
+        pixels[i] = read_image(paths[i], resolution).transpose(2, 0, 1)
+
+    with ThreadPoolExecutor() as pool:                       # Pillow decodes outside Python's lock
+        for _ in pool.map(read, range(len(paths))):          # the first error comes out here
+            pass
+    return torch.from_numpy(pixels)
 
 
 def to_float(images):
@@ -439,17 +460,25 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.random = torch.Generator().manual_seed(settings.seed)          # the same on any device
         self.step = 0
+        several = dist.is_available() and dist.is_initialized()             # started by torchrun
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        if settings.batch_size % self.processes:
+            raise UserError(f"--batch-size {settings.batch_size}: must be a multiple of the number "
+                            f"of processes, {self.processes}")
 
     def draw(self, images):
-        """Real images float [B, 3, R, R] in [-1, 1], with replacement, and z [B, z_dim]."""
-        b, device = self.settings.batch_size, images.device
-        real = to_float(images[torch.randint(len(images), (b,), generator=self.random).to(device)])
+        """Real images float [B, 3, R, R] in [-1, 1], with replacement, and z [B, z_dim].
+
+        Several processes draw the same, and each keeps its share, every so manyth: so the groups of
+        MinibatchStd are those of one process, too."""
+        b, mine = self.settings.batch_size, slice(self.rank, None, self.processes)
+        picks = torch.randint(len(images), (b,), generator=self.random)[mine]
+        real = to_float(images[picks.to(images.device)].to(self.device))
         if self.settings.flip:
-            mirror = torch.rand(b, generator=self.random).to(device) < 0.5
+            mirror = (torch.rand(b, generator=self.random) < 0.5)[mine].to(self.device)
             real = torch.where(mirror[:, None, None, None], real.flip(3), real)
-        z = torch.randn(b, self.model.z_dim, generator=self.random)
-        return (real.to(self.device, memory_format=memory_format(self.device)),
-                z.to(self.device))
+        z = torch.randn(b, self.model.z_dim, generator=self.random)[mine].to(self.device)
+        return real.contiguous(memory_format=memory_format(self.device)), z
 
     def shift(self, x):
         """A batch moved up or down and left or right, its edges repeated: so D cannot learn the
@@ -496,25 +525,36 @@ class Trainer:
         return {"loss_D": loss_D.detach(), "loss_G": loss_G.detach(), "penalty": penalty.detach()}
 
     def update(self, optimizer, loss):
+        parameters = optimizer.param_groups[0]["params"]
         optimizer.zero_grad()                   # inputs: G's step needs no gradients in D's weights
-        self.scaler.scale(loss).backward(inputs=optimizer.param_groups[0]["params"])
+        self.scaler.scale(loss).backward(inputs=parameters)
+        if self.processes > 1:
+            average_gradients([p.grad for p in parameters], self.processes)
         self.scaler.step(optimizer)
 
     def run(self, images, label, save, save_every, pull=None, look=None):
         """Train to the last step.  save() is called now and then, at the end, and upon Ctrl-C;
         look(losses, images per second) at every tenth step."""
-        images = images.to(self.device)                  # once, not a batch at a time
+        if images.nbytes < 2**32:                        # once, not a batch at a time
+            images = images.to(self.device)
         progress = Progress(self.step, self.settings.steps, label)
         with ctrl_c() as asked_to_stop:
             while self.step < self.settings.steps and not asked_to_stop:
-                losses = self.train_step(images, pull)
+                try:
+                    losses = self.train_step(images, pull)
+                except ProcessLost:
+                    if self.rank == 0:
+                        save()
+                    raise UserError(f"another process was lost at step {self.step}; the state is "
+                                    "saved: go on with the same command and --resume")
                 progress.show(self.step, losses)
                 last = self.step == self.settings.steps or asked_to_stop
                 if look and (last or self.step % 10 == 0):
                     look(losses, self.settings.batch_size / progress.seconds_per_step(self.step))
                 if last or self.step % save_every == 0:
                     self.check_finite()
-                    save()
+                    if self.rank == 0:
+                        save()
         if asked_to_stop:
             raise KeyboardInterrupt
 
@@ -553,15 +593,33 @@ class Trainer:
         return checkpoint
 
 
+class ProcessLost(Exception):
+    """One of several training processes is gone."""
+
+
+def average_gradients(gradients, processes):
+    """Replace the gradients of each process, means over its share of the batch, by their mean."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / processes
+    try:
+        dist.all_reduce(flat)                              # one message: small ones are slow
+    except RuntimeError as error:
+        raise ProcessLost from error
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients)])
+
+
 @contextlib.contextmanager
 def ctrl_c():
-    """Ctrl-C asks for a stop after the step at hand: half a step could not be resumed from."""
+    """Ctrl-C, or the SIGTERM of a batch system, asks for a stop after the step at hand: half a step
+    could not be resumed from."""
     asked = []
-    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    before = {kind: signal.signal(kind, lambda *_: asked.append(True))
+              for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 @torch.no_grad()
@@ -625,20 +683,30 @@ def pretrain(images, model, settings, out, amp="off", resume=False, save_every=1
     model     a fresh one of build_model(); trained in place, on its device
     settings  Settings; PRETRAIN has good ones for each family
     out       the checkpoint to write: G_ema and D, all that an adaptation needs.  Beside it stand
-              OUT.png with samples, and OUT.train, from which resume=True goes on bit for bit.
+              OUT.png with samples, OUT.csv, and OUT.train, from which resume=True goes on bit for
+              bit.  With 20 images or more they are measured against samples each time, and what
+              OUT holds is the best so far.
     """
-    out = Path(out)
-    trainer, state = Trainer(model, settings, amp), out.with_name(out.name + ".train")
+    out, device = Path(out), next(model.G.parameters()).device
+    trainer, state, log = Trainer(model, settings, amp), out.with_name(out.name + ".train"), []
     origin = {"arch": model.arch, "resolution": model.resolution, "images": len(images)}
     if resume:
-        trainer.resume(state, **origin)
+        log = trainer.resume(state, **origin)["log"]
     model.G.train(), model.D.train()
+    some = to_float(images[::math.ceil(len(images) / 1000)])
+    ruler = Ruler(discriminator_features(device), some[:10], some) if len(some) >= 20 else None
 
     def save():
         calibrate_batchnorm(model.G_ema, model.z_dim)
-        save_checkpoint(state, model, training=trainer.state(**origin))
-        save_checkpoint(out, model, step=trainer.step, settings=asdict(settings))
-        image_grid(generate(model, 64), 8).save(out.with_suffix(".png"))
+        log.append({"step": trainer.step})
+        if ruler:
+            log[-1].update(ruler(generate(model, ruler.n, seed=1)))
+            print("measured: " + "  ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
+        save_checkpoint(state, model, training=trainer.state(**origin), log=log)
+        write_table(out.with_suffix(".csv"), log)
+        if log[-1] is min(log, key=lambda row: row.get("frechet", -row["step"])):
+            save_checkpoint(out, model, settings=asdict(settings), **log[-1])
+            image_grid(generate(model, 64), 8).save(out.with_suffix(".png"))
 
     trainer.run(images, "pretrain", save, save_every)
     return model

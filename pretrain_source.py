@@ -3,11 +3,15 @@
     python pretrain_source.py                                     # the embedded domain: drawn faces
     python pretrain_source.py --data DIR --arch dcgan --resolution 64 --out out/source.pt
     python pretrain_source.py --data DIR --out out/source.pt --resume
+    torchrun --nproc_per_node 8 pretrain_source.py --data DIR     # a batch shared by eight GPUs
 
-Writes OUT (the model), OUT.train (all that --resume needs) and OUT's name with .png (64 samples)
-every thousand steps; stop it whenever the samples are good enough.
+Every thousand steps it measures samples against the images (OUT's name with .csv), and writes OUT,
+the best model so far, with .png, 64 samples of it, and OUT.train, the state that --resume needs.
+Stop it whenever the samples are good enough.
 """
 import argparse
+import contextlib
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,8 +51,31 @@ def parse_arguments(argv):
     return p.parse_args(argv)
 
 
+@contextlib.contextmanager
+def process_group(device):
+    """Join the processes that torchrun started, if it did: a GPU each, and one that speaks."""
+    if "RANK" not in os.environ:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    silence = open(os.devnull, "w") if torch.distributed.get_rank() else sys.stdout
+    try:
+        with contextlib.redirect_stdout(silence):
+            yield device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def run(args):
     device, amp = ewc_gan.choose_device(args.device, args.amp)
+    with process_group(device) as device:
+        pretrain(args, device, amp)
+
+
+def pretrain(args, device, amp):
     torch.manual_seed(args.seed)           # of the weights that training starts from
     if args.init:
         model = ewc_gan.load_checkpoint(args.init, device)
@@ -63,7 +90,7 @@ def run(args):
     ewc_gan.make_folder(out.parent)
     print("  ".join(f"{key}={value}" for key, value in asdict(settings).items()), flush=True)
     if args.data:
-        images = ewc_gan.read_folder(args.data, model.resolution)
+        images = ewc_gan.read_folder(args.data, model.resolution, scratch=out.parent)
     else:
         images = draw_source_images(model.resolution)
     ewc_gan.pretrain(images, model, settings, out, amp, args.resume)

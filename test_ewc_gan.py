@@ -9,6 +9,7 @@ import pickle
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import urllib.error
 from dataclasses import replace
@@ -385,6 +386,59 @@ def test_pretraining_lives_on_batch_statistics_and_ships_measured_ones(tmp_path)
     measured = ewc_gan.calibrate_batchnorm(copy.deepcopy(shipped), 8)
     for a, b in zip(shipped.buffers(), measured.buffers()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_pretraining_keeps_the_best_model(tmp_path, monkeypatch):
+    """OUT is the model of the smallest Frechet distance, OUT.train the last one."""
+    distances = iter([5.0, 3.0, 4.0])
+    monkeypatch.setattr(ewc_gan, "frechet_distance", lambda *_: next(distances))
+    model, out = small_model("stylegan"), tmp_path / "source.pt"
+    ewc_gan.pretrain(shots32().repeat(2, 1, 1, 1), model, replace(TOY, steps=3), out, save_every=1)
+    assert torch.load(out, weights_only=True)["step"] == 2
+    last = torch.load(tmp_path / "source.pt.train", weights_only=True)
+    assert last["training"]["step"] == 3 and [row["frechet"] for row in last["log"]] == [5, 3, 4]
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """A batch of eight, shared by two processes of torchrun, moves the weights as in one."""
+    command = ["pretrain_source.py", "--data", SHOTS, "--arch", "stylegan", "--resolution", "32",
+               "--steps", "1", "--batch-size", "8", "--device", "cpu", "--amp", "off", "--out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    subprocess.run([*torchrun, *command, tmp_path / "two.pt"], check=True, cwd=ewc_gan.HERE)
+    assert run(*command[1:], tmp_path / "one.pt", program=pretrain_source) == 0
+    one, two = (torch.load(tmp_path / f"{name}.pt.train", weights_only=True)["training"]
+                for name in ("one", "two"))
+    for net in ("G", "D"):
+        for name in (name for name in one[net] if "running" not in name):
+            difference = (one[net][name] - two[net][name]).abs().mean().item()
+            assert difference < 0.002 * ewc_gan.PRETRAIN["stylegan"].lr, (net, name)
+
+
+def test_gradients_of_several_processes_are_averaged(monkeypatch):
+    """Their mean, not their sum: Adam would hide the difference, a clipped or scaled step not."""
+    others = torch.arange(10.0)
+    monkeypatch.setattr(ewc_gan.dist, "all_reduce", lambda flat: flat.add_(others / 2))
+    mine = [torch.ones(2, 3), torch.full((4,), 3.0)]
+    ewc_gan.average_gradients(mine, 2)
+    torch.testing.assert_close(mine[0], (1 + others[:6].view(2, 3)) / 2)
+    torch.testing.assert_close(mine[1], (3 + others[6:]) / 2)
+
+
+def test_a_lost_process_leaves_a_state_to_resume_from(tmp_path, monkeypatch):
+    def all_reduce(flat, calls=[]):
+        calls.append(flat)
+        if len(calls) > 4:                                        # two a step: D, then G
+            raise RuntimeError("connection closed by peer")
+
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(ewc_gan.dist, name, lambda value=value: value)
+    monkeypatch.setattr(ewc_gan.dist, "all_reduce", all_reduce)
+    out = tmp_path / "source.pt"
+    with pytest.raises(ewc_gan.UserError, match="lost at step 2.*--resume"):
+        ewc_gan.pretrain(shots32(), small_model("stylegan"), TOY, out)
+    assert ewc_gan.read_checkpoint(tmp_path / "source.pt.train")["training"]["step"] == 2
+    with pytest.raises(ewc_gan.UserError, match="--batch-size 3"):
+        ewc_gan.pretrain(shots32(), small_model("stylegan"), replace(TOY, batch_size=3), out)
 
 
 def test_r1_is_taken_in_float32(monkeypatch):

@@ -906,14 +906,22 @@ def diversity_and_nearest(features, shots):
     return float(sum(distances) / max(len(distances), 1)), float(nearest.values.mean())
 
 
+def distances_kept(before, after):
+    """Correlation of the distances between images with those between what they became, in features
+    [N, C] and [N, C]: 1 if all that were alike stay alike.  What Ojha et al. (2021) train for."""
+    return float(torch.corrcoef(torch.stack([torch.pdist(before), torch.pdist(after)]))[0, 1])
+
+
 class Ruler:
     """Measures samples against held-out images of the target, in a given space of features.
 
     features   a function: images float [N, 3, R, R] in [-1, 1] -> float [N, C]
     shots, reference   images; without a reference there is no fit to measure
+    source     what the source model makes of the z of the samples
     """
-    def __init__(self, features, shots, reference=None, n=1000):
+    def __init__(self, features, shots, reference=None, n=1000, source=None):
         self.features, self.n, self.shots, self.reference = features, n, features(shots), None
+        self.source = None if source is None else features(source)
         self.unit = self.shots.square().mean().sqrt()           # gives figures of a readable size
         if reference is not None:
             self.reference = features(reference[:n])
@@ -928,6 +936,8 @@ class Ruler:
             row["frechet"] = frechet_distance(x, self.reference)
             row["precision"], row["recall"] = precision_recall(self.reference, x)
         row["diversity"], row["nearest_shot"] = diversity_and_nearest(x, self.shots)
+        if self.source is not None:
+            row["kept"] = distances_kept(self.source, x)
         return row
 
     def of_reference(self):
@@ -936,7 +946,7 @@ class Ruler:
         precision, recall = precision_recall(x[:half], x[half:])
         diversity, nearest = diversity_and_nearest(x, self.shots)
         return {"frechet": frechet_distance(x[:half], x[half:]), "precision": precision,
-                "recall": recall, "diversity": diversity, "nearest_shot": nearest}
+                "recall": recall, "diversity": diversity, "nearest_shot": nearest, "kept": math.nan}
 
 
 def discriminator_features(device):
@@ -1206,13 +1216,13 @@ def write_run(out, source, shots, result):
 def print_table(table):
     """A line for each run: mean, and spread where there are several seeds, of every measure."""
     names = [name for name in table[0] if name != "run"]
-    print("".join(f"{name:>15}" for name in ["run", *names]))
+    print("".join(f"{name:>18}" for name in ["run", *names]))
     for run in dict.fromkeys(row["run"] for row in table):
-        line = f"{run:>15}"
+        line = f"{run:>18}"
         for name in names:
             values = np.array([row[name] for row in table if row["run"] == run])
             spread = f" ±{values.std(ddof=1):.2g}" if len(values) > 1 else ""
-            line += f"{f'{values.mean():.3g}{spread}':>15}"
+            line += f"{f'{values.mean():.3g}{spread}':>18}"
         print(line)
 
 
@@ -1367,7 +1377,8 @@ def make_ruler(args, source, shots, device):
     if args.reference and len(reference) < 20:
         raise UserError(f"--reference {args.reference}: {len(reference)} images; a distribution "
                         "takes 20 at least, and better 1000")
-    return Ruler(features, to_float(shots), reference, 1000 if args.reference else 200)
+    n = 1000 if args.reference else 200
+    return Ruler(features, to_float(shots), reference, n, generate(source, n, seed=1))
 
 
 def run_adapt(args, device, amp):
@@ -1399,7 +1410,15 @@ def run_adapt(args, device, amp):
 
 def execute(runs, out, source, shots, ruler, config, begun, amp):
     """Adapt, measure and picture each run, and then all of them side by side."""
-    fisher = functools.cache(lambda seed: source_fisher(source, replace(runs[0][1], seed=seed)))
+    @functools.cache
+    def fisher(seed):
+        F = source_fisher(source, replace(runs[0][1], seed=seed))
+        values = torch.cat([f.flatten() for f in F.values()]).sort().values
+        share = values[-math.ceil(len(values) / 100):].sum() / values.sum()
+        print(f"Fisher information: mean {values.mean():.2g}, median {values.median():.2g}; a "
+              f"hundredth of the weights hold {share:.0%} of it", flush=True)
+        return F
+
     logs, rows = {}, {"source": generate(source, 8)}
     table = [{"run": "source", **ruler(generate(source, ruler.n, seed=1))}]
     if ruler.reference is not None:

@@ -634,6 +634,14 @@ def test_diversity_and_nearest_shot_by_hand():
     assert ewc_gan.diversity_and_nearest(shots, shots) == (0, 0), "copies of the shots"
 
 
+def test_kept_distances_by_hand():
+    before = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])                 # distances 1 3 2
+    moved_and_scaled = torch.tensor([[5.0, 1.0], [5.0, 3.0], [5.0, 7.0]])      # distances 2 6 4
+    assert ewc_gan.distances_kept(before, moved_and_scaled) == pytest.approx(1)
+    other = torch.tensor([[0.0, 0.0], [3.0, 0.0], [1.0, 0.0]])                  # distances 3 1 2
+    assert ewc_gan.distances_kept(before, other) == pytest.approx(-1)
+
+
 def test_runs_of_a_comparison():
     """lambda is meant for ewc, raw and l2, and 0 makes all of them fine-tuning: run that once."""
     def names(*argv):
@@ -848,17 +856,19 @@ def test_shipped_sources_make_varied_images_that_their_D_believes(arch):
 def readme_commands():
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ewc_gan.HERE / "README.md").read_text(), re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if line.startswith("python ")]
+    return [line.split(" #")[0].strip() for line in lines
+            if line.startswith(("python ", "torchrun "))]
 
 
-def test_ctrl_c_saves_and_resume_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resume_goes_on(tmp_path, monkeypatch, kind):
     """Interrupted inside its third step, the run ends that step, saves it, and can be resumed."""
     source, path = small_model("dcgan"), tmp_path / "adapted.pt"
     whole, step = adapt(source, shots32(), TOY), ewc_gan.Trainer.train_step
 
     def interrupted(self, *args):
         if self.step == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(kind)
         return step(self, *args)
 
     monkeypatch.setattr(ewc_gan.Trainer, "train_step", interrupted)
@@ -883,7 +893,7 @@ def test_readme_commands_parse():
     commands = readme_commands()
     assert len(commands) >= 5
     for command in commands:
-        program, *argv = shlex.split(command)[1:]
+        program, *argv = shlex.split(command.replace("--nproc_per_node 8 ", ""))[1:]
         if program == "ewc_gan.py":
             ewc_gan.parse_arguments(argv)
         elif program == "pretrain_source.py":

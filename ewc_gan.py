@@ -75,7 +75,7 @@ class Settings:
     flip: bool = True            # mirrored images are images of the same domain
     shift: float = 0.0625        # D sees images moved by up to this part of their size
     method: str = "ewc"          # one of METHODS
-    lam: float = 5e-4            # lambda, the strength of EWC; 0 is plain fine-tuning
+    lam: float = 2.5e-3          # lambda, the strength of EWC; 0 is plain fine-tuning
     fisher_samples: int = 256    # N of the Fisher estimate
     seed: int = 0
 

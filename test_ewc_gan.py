@@ -655,7 +655,7 @@ def test_runs_of_a_comparison():
         "o/finetune": ("finetune", 0.0, 0), "o/ewc_5": ("ewc", 5.0, 0), "o/l2_5": ("l2", 5.0, 0),
         "o/freezed": ("freezed", 0.0, 0)}
     assert names("--method", "raw", "ewc") == {                    # each with a default of its own
-        "o/raw_100": ("raw", 100.0, 0), "o/ewc_0.0005": ("ewc", 0.0005, 0)}
+        "o/raw_100": ("raw", 100.0, 0), "o/ewc_0.0025": ("ewc", 0.0025, 0)}
     assert names("--seed", "3", "4", "--method", "freezed") == {
         "o/freezed_seed3": ("freezed", 0.0, 3), "o/freezed_seed4": ("freezed", 0.0, 4)}
 

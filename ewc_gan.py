@@ -131,7 +131,8 @@ def read_image(path, resolution):
 def read_folder(folder, resolution, scratch=None):
     """Every image below a folder, in the order of their names, as uint8 [N, 3, R, R].
 
-    scratch  a folder on disk: what is too much for memory is kept there, in a file without a name
+    scratch  a folder on disk, where the pixels are kept in a file without a name, so that they need
+             not fit into memory
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -693,8 +694,10 @@ def pretrain(images, model, settings, out, amp="off", resume=False, save_every=1
     if resume:
         log = trainer.resume(state, **origin)["log"]
     model.G.train(), model.D.train()
-    some = to_float(images[::math.ceil(len(images) / 1000)])
-    ruler = Ruler(discriminator_features(device), some[:10], some) if len(some) >= 20 else None
+    ruler = None
+    if len(images) >= 20 and trainer.rank == 0:
+        some = to_float(images[::math.ceil(len(images) / 1000)])
+        ruler = Ruler(discriminator_features(device), some[:10], some)
 
     def save():
         calibrate_batchnorm(model.G_ema, model.z_dim)
@@ -756,9 +759,46 @@ def fisher_diagonal(G, D, z):
     return F
 
 
+def fisher_diagonal_chunked(G, D, z, chunk=32):
+    """fisher_diagonal(G, D, z), to rounding, for networks that torch.func.vmap can run.
+
+    The gradients of a chunk of samples are computed at once, each still its own: much faster where
+    one sample leaves most of a GPU idle, slower on a CPU.  Takes chunk times the memory of G's
+    weights.
+    """
+    def log_likelihood(theta, z_i):
+        return nnF.logsigmoid(D(torch.func.functional_call(G, theta, (z_i[None],)))).sum()
+
+    theta = {name: p.detach() for name, p in G.named_parameters() if p.requires_grad}
+    F = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in theta.items()}
+    gradients_of = torch.func.vmap(torch.func.grad(log_likelihood), (None, 0))
+    with evaluating(G, D), torch.autocast(z.device.type, enabled=False):
+        for part in z.split(chunk):
+            for name, gradients in gradients_of(theta, part).items():       # [chunk, *shape]
+                F[name] += gradients.float().square().sum(0) / len(z)
+    return F
+
+
 # --------------------------------------------------------------------------------------------------
 # Adaptation to a few images
 # --------------------------------------------------------------------------------------------------
+class WeightedSquares(torch.autograd.Function):
+    """sum F (theta - theta_S)^2 over lists of tensors, with its gradient 2 F (theta - theta_S)
+    written out: left to autograd, the same takes four times as long."""
+    @staticmethod
+    def forward(context, theta_S, F, *theta):
+        difference = torch._foreach_sub(theta, theta_S)
+        pull = torch._foreach_mul(difference, F)
+        context.save_for_backward(*pull)
+        torch._foreach_mul_(difference, pull)                       # in place: now F difference^2
+        return sum(square.sum() for square in difference)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient):
+        return None, None, *torch._foreach_mul(context.saved_tensors, 2 * gradient)
+
+
 def ewc_penalty(G, theta_S, F):
     """sum_i F_i (theta_i - theta_S,i)^2, a scalar, differentiable in theta, the parameters of G.
 
@@ -768,7 +808,8 @@ def ewc_penalty(G, theta_S, F):
     No factor 1/2: the paper has none.  Multiply by lambda.
     """
     theta = dict(G.named_parameters())
-    return sum((F[name] * (theta[name] - theta_S[name]).square()).sum() for name in F)
+    return WeightedSquares.apply([theta_S[name] for name in F], list(F.values()),
+                                 *(theta[name] for name in F))
 
 
 def relative_change(theta, theta_S):
@@ -791,7 +832,8 @@ def source_fisher(source, settings):
     G = copy.deepcopy(source.G_ema).requires_grad_(True)
     random = torch.Generator().manual_seed(settings.seed)
     z = torch.randn(settings.fisher_samples, source.z_dim, generator=random)
-    return fisher_diagonal(G, source.D, z.to(next(G.parameters()).device))
+    z = z.to(next(G.parameters()).device)
+    return (fisher_diagonal_chunked if z.is_cuda else fisher_diagonal)(G, source.D, z)
 
 
 def scaled_fisher(F, most=0.99):
@@ -931,7 +973,10 @@ class Ruler:
 
     def __call__(self, images):
         """{name: number} for images float [N, 3, R, R]: fit first, then variety."""
-        x, row = self.features(images) / self.unit, {}
+        return self.of_features(self.features(images))
+
+    def of_features(self, x):
+        x, row = x / self.unit, {}
         if self.reference is not None:
             row["frechet"] = frechet_distance(x, self.reference)
             row["precision"], row["recall"] = precision_recall(self.reference, x)
@@ -1420,7 +1465,7 @@ def execute(runs, out, source, shots, ruler, config, begun, amp):
         return F
 
     logs, rows = {}, {"source": generate(source, 8)}
-    table = [{"run": "source", **ruler(generate(source, ruler.n, seed=1))}]
+    table = [{"run": "source", **ruler.of_features(ruler.source)}]
     if ruler.reference is not None:
         table.append({"run": "held-out", **ruler.of_reference()})
     for name, run, folder in runs:

@@ -94,6 +94,19 @@ def test_fisher_equals_per_sample_gradients_of_torch_func(arch):
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
+def test_fisher_in_chunks_equals_the_explicit_loop(arch):
+    model, z = small_model(arch), torch.randn(7, 8)
+    list(model.G.parameters())[0].requires_grad_(False)
+    model.G.double(), model.D.double()              # so that a wrong formula cannot pass as rounding
+    loop = fisher_diagonal(model.G, model.D, z.double())
+    model.D.train()
+    chunked = ewc_gan.fisher_diagonal_chunked(model.G, model.D, z.double(), chunk=3)
+    assert list(loop) == list(chunked) and model.D.training
+    for name in loop:
+        torch.testing.assert_close(chunked[name], loop[name], rtol=1e-5, atol=1e-20)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_fisher_is_not_the_square_of_the_mean_gradient(arch):
     """E[g^2] = (E g)^2 + Var g: the mean of squares exceeds the square of the mean."""
     model, z = small_model(arch), torch.randn(16, 8)
@@ -662,9 +675,10 @@ def test_runs_of_a_comparison():
 
 def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys, monkeypatch):
     """The figures in comparison.csv are those of the models in its folders; --resume repeats it."""
-    ewc_gan.save_checkpoint(tmp_path / "source.pt", small_model("dcgan"))
+    source = small_model("dcgan")
+    ewc_gan.save_checkpoint(tmp_path / "source.pt", source)
     ruler = ewc_gan.Ruler(ewc_gan.discriminator_features("cpu"), load_images(SHOTS, 32),
-                          load_images(SHOTS.parent, 32), n=40)
+                          load_images(SHOTS.parent, 32), 40, ewc_gan.generate(source, 40, seed=1))
     monkeypatch.setattr(ewc_gan, "make_ruler", lambda *_: ruler)
     argv = ["--target", SHOTS, "--method", "ewc", "finetune", "--seed", 0, 1, "--reference",
             SHOTS.parent, "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--fisher-samples", 2,
@@ -677,6 +691,7 @@ def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys, monkeypat
     assert [(row["run"], row["seed"]) for row in table] == [
         ("source", ""), ("held-out", ""), (f"ewc_{lam:g}", "0"), (f"ewc_{lam:g}", "1"),
         ("finetune", "0"), ("finetune", "1")]
+    assert float(table[0]["kept"]) == pytest.approx(1, abs=1e-5)
     measured = []
     for row, folder in zip(table[2:], (f"ewc_{lam:g}_seed0", f"ewc_{lam:g}_seed1", "finetune_seed0",
                                        "finetune_seed1")):
@@ -935,3 +950,13 @@ def test_pretraining_on_a_folder_and_adapting_it(tmp_path, capsys):
         assert torch.load(out, weights_only=True)["step"] == 3
     assert run("--target", SHOTS, "--source", out, "--out", tmp_path / "o", "--steps", 1,
                "--fisher-samples", 1) == 0
+
+
+def test_benchmark_prints_its_figures_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--benchmark", "--resolution", 32, "--batch-size", 2, "--amp", "off",
+               program=pretrain_source) == 0
+    text = capsys.readouterr().out
+    names = re.findall(r"^([A-Za-z ]+)[,:]", text, re.M)
+    assert names == ["dcgan", "pretraining", "adaptation", "Fisher information", "peak memory"]
+    assert not list(tmp_path.iterdir())

@@ -420,12 +420,16 @@ def build_model(arch, resolution, device="cpu", z_dim=None, g_channels=None, d_c
 # --------------------------------------------------------------------------------------------------
 def d_logistic_loss(real_logits, fake_logits):
     """L_D = -E[log D(x)] - E[log(1 - D(G(z)))].  Logits [N] and [M] -> scalar."""
+    ### BEGIN SOLUTION (exercise 1)
     return nnF.softplus(-real_logits).mean() + nnF.softplus(fake_logits).mean()
+    ### END SOLUTION
 
 
 def g_nonsaturating_loss(fake_logits):
     """L_adv of G = -E[log D(G(z))].  Logits [N] -> scalar."""
+    ### BEGIN SOLUTION (exercise 1)
     return nnF.softplus(-fake_logits).mean()
+    ### END SOLUTION
 
 
 def d_r1_loss(D, real):
@@ -433,9 +437,11 @@ def d_r1_loss(D, real):
 
     Its weight in L_D is gamma / 2.  It keeps D smooth around the real images.
     """
+    ### BEGIN SOLUTION (exercise 2)
     real = real.detach().requires_grad_(True)
     gradient, = torch.autograd.grad(D(real).sum(), real, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()
+    ### END SOLUTION
 
 
 # --------------------------------------------------------------------------------------------------
@@ -747,6 +753,7 @@ def fisher_diagonal(G, D, z):
     """
     if len(z) == 0:
         raise ValueError("fisher_diagonal needs at least one z")
+    ### BEGIN SOLUTION (exercise 3)
     parameters = {name: p for name, p in G.named_parameters() if p.requires_grad}
     F = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     with evaluating(G, D), torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
@@ -757,6 +764,7 @@ def fisher_diagonal(G, D, z):
             for name, gradient in zip(F, gradients):
                 F[name] += gradient.float().square() / len(z)
     return F
+    ### END SOLUTION
 
 
 def fisher_diagonal_chunked(G, D, z, chunk=32):
@@ -766,6 +774,7 @@ def fisher_diagonal_chunked(G, D, z, chunk=32):
     one sample leaves most of a GPU idle, slower on a CPU.  Takes chunk times the memory of G's
     weights.
     """
+    ### BEGIN SOLUTION (exercise 3)
     def log_likelihood(theta, z_i):
         return nnF.logsigmoid(D(torch.func.functional_call(G, theta, (z_i[None],)))).sum()
 
@@ -777,6 +786,7 @@ def fisher_diagonal_chunked(G, D, z, chunk=32):
             for name, gradients in gradients_of(theta, part).items():       # [chunk, *shape]
                 F[name] += gradients.float().square().sum(0) / len(z)
     return F
+    ### END SOLUTION
 
 
 # --------------------------------------------------------------------------------------------------
@@ -787,16 +797,20 @@ class WeightedSquares(torch.autograd.Function):
     written out: left to autograd, the same takes four times as long."""
     @staticmethod
     def forward(context, theta_S, F, *theta):
+        ### BEGIN SOLUTION (exercise 4)
         difference = torch._foreach_sub(theta, theta_S)
         pull = torch._foreach_mul(difference, F)
         context.save_for_backward(*pull)
         torch._foreach_mul_(difference, pull)                       # in place: now F difference^2
         return sum(square.sum() for square in difference)
+        ### END SOLUTION
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context, gradient):
+        ### BEGIN SOLUTION (exercise 4)
         return None, None, *torch._foreach_mul(context.saved_tensors, 2 * gradient)
+        ### END SOLUTION
 
 
 def ewc_penalty(G, theta_S, F):
@@ -807,9 +821,11 @@ def ewc_penalty(G, theta_S, F):
     F        {name: tensor}, of fisher_diagonal
     No factor 1/2: the paper has none.  Multiply by lambda.
     """
+    ### BEGIN SOLUTION (exercise 4)
     theta = dict(G.named_parameters())
     return WeightedSquares.apply([theta_S[name] for name in F], list(F.values()),
                                  *(theta[name] for name in F))
+    ### END SOLUTION
 
 
 def relative_change(theta, theta_S):
@@ -880,7 +896,9 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, save_ever
     model.G = copy.deepcopy(source.G_ema).requires_grad_(True).eval()   # so BatchNorm is fixed
     model.D.requires_grad_(True).train()
     F = F or source_fisher(source, settings)
+    ### BEGIN SOLUTION (exercise 4)
     theta_S = {name: p.detach().clone() for name, p in model.G.named_parameters()}
+    ### END SOLUTION
     pull = pull_of(settings.method, settings.lam, theta_S, F)
     if settings.method == "freezed":
         model.D.lower().requires_grad_(False)
@@ -1194,12 +1212,14 @@ def layers(theta, theta_S, F):
         groups.setdefault(name.rpartition(".")[0].removesuffix(".style") or name, []).append(name)
     rows = []
     for layer, names in groups.items():
+        ### BEGIN SOLUTION (exercise 5)
         n = sum(F[name].numel() for name in names)
         fisher = float(sum(F[name].sum() for name in names) / n)
         weight = float(sum(theta_S[name].abs().sum() for name in names) / n)
         change = float(sum((theta[name] - theta_S[name]).abs().sum() for name in names) / n)
         rows.append({"layer": layer, "fisher": fisher, "weight": weight,
                      "change": 100 * change / weight})
+        ### END SOLUTION
     return rows
 
 

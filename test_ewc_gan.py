@@ -4,6 +4,8 @@
 """
 import copy
 import csv
+import functools
+import inspect
 import math
 import pickle
 import re
@@ -11,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import types
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +52,10 @@ def small_model(arch, seed=0):
     return model
 
 
+def ones_like_parameters(G):
+    return {name: torch.ones_like(p) for name, p in G.named_parameters()}
+
+
 def shots32(n=10):
     return ewc_gan.read_folder(SHOTS, 32)[:n]
 
@@ -60,7 +67,7 @@ def states_equal(a, b):
 # --------------------------------------------------------------------------------------------------
 # Fisher information
 # --------------------------------------------------------------------------------------------------
-def test_fisher_closed_form():
+def test_exercise_3_fisher_in_closed_form():
     """G(z) = W z, D(x) = a.x: d log sigmoid(a.Wz) / dW_jk = sigmoid(-a.Wz) a_j z_k."""
     torch.manual_seed(0)
     G, D = nn.Linear(3, 5, bias=False), nn.Linear(5, 1, bias=False)
@@ -79,7 +86,7 @@ def test_fisher_closed_form():
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_fisher_equals_per_sample_gradients_of_torch_func(arch):
+def test_exercise_3_fisher_equals_per_sample_gradients_of_torch_func(arch):
     model = small_model(arch)
     G, D, z = model.G, model.D.eval(), torch.randn(6, 8)
 
@@ -107,7 +114,7 @@ def test_fisher_in_chunks_equals_the_explicit_loop(arch):
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_fisher_is_not_the_square_of_the_mean_gradient(arch):
+def test_exercise_3_fisher_is_not_the_square_of_the_mean_gradient(arch):
     """E[g^2] = (E g)^2 + Var g: the mean of squares exceeds the square of the mean."""
     model, z = small_model(arch), torch.randn(16, 8)
     one_by_one = fisher_diagonal(model.G, model.D, z)
@@ -116,13 +123,15 @@ def test_fisher_is_not_the_square_of_the_mean_gradient(arch):
     mean_gradient = torch.autograd.grad(loss, list(model.G.parameters()))
     for (name, F), g in zip(one_by_one.items(), mean_gradient):
         torch.testing.assert_close(F, sum(s[name] for s in singles) / 16, rtol=1e-4, atol=1e-12,
-                                   msg=lambda m: f"F changes with what else is in the batch\n{m}")
+                                   msg=lambda m: "F is not the mean of each sample's squared "
+                                   "gradient (the square of the batch-mean gradient is smaller, and "
+                                   f"BatchNorm in train mode couples the samples)\n{m}")
         assert F.sum() > 1.2 * g.square().sum(), (
             f"{name}: F is near the square of the batch-mean gradient; square each sample's first")
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_fisher_leaves_both_networks_as_they_were(arch):
+def test_exercise_3_fisher_leaves_both_networks_as_they_were(arch):
     model = small_model(arch)
     G, D = model.G, model.D
     G.train(), D.train()
@@ -148,7 +157,7 @@ def test_fisher_leaves_both_networks_as_they_were(arch):
     assert list(G.named_parameters())[0][0] not in F, "F is for trainable parameters alone"
 
 
-def test_fisher_freezes_a_discriminator_that_behaves_otherwise_in_training():
+def test_exercise_3_fisher_freezes_a_discriminator_that_behaves_otherwise_in_training():
     """Somebody else's D: in train mode BatchNorm couples samples and drifts, dropout adds noise."""
     torch.manual_seed(0)
     G = nn.Linear(3, 6)
@@ -167,7 +176,7 @@ def test_fisher_freezes_a_discriminator_that_behaves_otherwise_in_training():
     assert all(module.training for module in D.modules())
 
 
-def test_fisher_is_float32_under_autocast_and_works_under_no_grad():
+def test_exercise_3_fisher_is_float32_under_autocast_and_works_under_no_grad():
     model, z = small_model("stylegan"), torch.randn(3, 8)
     plain = fisher_diagonal(model.G, model.D, z)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -175,7 +184,7 @@ def test_fisher_is_float32_under_autocast_and_works_under_no_grad():
     assert all(torch.equal(plain[n], inside[n]) and inside[n].dtype == torch.float32 for n in plain)
 
 
-def test_fisher_memory_does_not_grow_with_samples():
+def test_exercise_3_fisher_memory_does_not_grow_with_samples():
     """Count the tensors that autograd keeps alive for backward passes: the peak is one sample's."""
     class Kept:
         now = peak = 0
@@ -207,7 +216,7 @@ def test_fisher_of_nothing_is_an_error():
 # --------------------------------------------------------------------------------------------------
 # Penalty
 # --------------------------------------------------------------------------------------------------
-def test_penalty_value_and_gradient_in_closed_form():
+def test_exercise_4_penalty_and_its_gradient_in_closed_form():
     model, lam = small_model("stylegan"), 7.0
     G = model.G
     theta_S = {n: p.detach().clone() for n, p in G.named_parameters()}
@@ -220,32 +229,50 @@ def test_penalty_value_and_gradient_in_closed_form():
     expected = sum(float((F[n].double() * (p.detach() - theta_S[n]).double() ** 2).sum())
                    for n, p in G.named_parameters())
     assert penalty.item() == pytest.approx(expected, rel=1e-5), "sum_i F_i (theta_i - theta_S,i)^2"
+    assert penalty.requires_grad, "the penalty must be differentiable in theta"
     (lam * penalty).backward()
     for name, p in G.named_parameters():
         torch.testing.assert_close(p.grad, 2 * lam * F[name] * (p.detach() - theta_S[name]),
                                    msg=lambda m: f"{name}: not 2 lam F (theta - theta_S)\n{m}")
 
 
+def test_exercise_4_theta_S_are_detached_copies():
+    """Live references would move along with G, and the penalty would stay 0 for ever."""
+    source = small_model("dcgan")
+    run = adapt(source, shots32(1), replace(TOY, steps=0), F=ones_like_parameters(source.G_ema))
+    for p in run.model.G.parameters():
+        p.data.add_(1)                                          # as a training would
+    for (name, p), copied in zip(source.G_ema.named_parameters(), run.theta_S.values()):
+        assert torch.equal(p, copied), f"{name}: theta_S must be copies; live references move along"
+        assert not copied.requires_grad, f"{name}: theta_S is a constant; detach the copies"
+
+
 # --------------------------------------------------------------------------------------------------
 # Losses
 # --------------------------------------------------------------------------------------------------
-def test_losses_are_cross_entropies_of_logits():
+def test_exercise_1_losses_are_cross_entropies_of_logits():
     real, fake = torch.tensor([0.3, -2.0, 90.0]), torch.tensor([1.5, -90.0])
     bce = nn.functional.binary_cross_entropy_with_logits
     torch.testing.assert_close(ewc_gan.d_logistic_loss(real, fake),
-                               bce(real, torch.ones(3)) + bce(fake, torch.zeros(2)))
+                               bce(real, torch.ones(3)) + bce(fake, torch.zeros(2)),
+                               msg=lambda m: "L_D is not -E[log D(x)] - E[log(1 - D(G(z)))] of "
+                               f"logits, whose probability is their sigmoid\n{m}")
     torch.testing.assert_close(ewc_gan.g_nonsaturating_loss(fake), bce(fake, torch.ones(2)),
-                               msg=lambda m: f"-log D(G(z)), with D's logits\n{m}")
+                               msg=lambda m: "L_adv of G is not -E[log D(G(z))], the "
+                               f"non-saturating loss, of logits\n{m}")
 
 
-def test_r1_in_closed_form():
+def test_exercise_2_r1_in_closed_form():
     """D(x) = sum c x^2 has gradient 2 c x: R1 = E sum (2 c x)^2, d R1 / d c = 8 c E sum x^2."""
     c = torch.tensor(0.7, requires_grad=True)
     x = torch.randn(5, 3, 4, 4)
     r1 = ewc_gan.d_r1_loss(lambda images: (c * images.square()).sum((1, 2, 3)), x)
     size = x.square().sum((1, 2, 3)).mean()
-    torch.testing.assert_close(r1, 4 * c.detach() ** 2 * size)
+    torch.testing.assert_close(r1.detach(), 4 * c.detach() ** 2 * size, msg=lambda m:
+                               f"R1 is the squared length of each image's gradient, averaged\n{m}")
+    assert r1.requires_grad, "R1 must be differentiable in D: take its gradient with create_graph"
     torch.testing.assert_close(torch.autograd.grad(r1, c)[0], 8 * c.detach() * size)
+    assert not x.requires_grad, "the caller's images were changed: detach them first"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,8 +444,8 @@ def test_two_processes_train_like_one(tmp_path):
     command = ["pretrain_source.py", "--data", SHOTS, "--arch", "stylegan", "--resolution", "32",
                "--steps", "1", "--batch-size", "8", "--device", "cpu", "--amp", "off", "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    subprocess.run([*torchrun, *command, tmp_path / "two.pt"], check=True, cwd=ewc_gan.HERE)
     assert run(*command[1:], tmp_path / "one.pt", program=pretrain_source) == 0
+    subprocess.run([*torchrun, *command, tmp_path / "two.pt"], check=True, cwd=ewc_gan.HERE)
     one, two = (torch.load(tmp_path / f"{name}.pt.train", weights_only=True)["training"]
                 for name in ("one", "two"))
     for net in ("G", "D"):
@@ -545,15 +572,21 @@ def test_average_follows_its_formula():
     torch.testing.assert_close(a.weight.detach(), expected)
 
 
-def test_layer_changes_by_hand():
+def test_exercise_5_layer_changes_by_hand():
     theta_S = {"up.weight": torch.tensor([[1.0, -3.0]]), "up.style.bias": torch.tensor([4.0])}
     theta = {"up.weight": torch.tensor([[2.0, -3.0]]), "up.style.bias": torch.tensor([3.0])}
     F = {"up.weight": torch.tensor([[1.0, 2.0]]), "up.style.bias": torch.tensor([6.0])}
-    assert ewc_gan.layers(theta, theta_S, F) == [
-        {"layer": "up", "fisher": 3.0, "weight": pytest.approx(8 / 3),
-         "change": pytest.approx(25.0)}]                                   # (1+0+1) / (1+3+4)
-    change = ewc_gan.relative_change(theta, theta_S)
-    assert change == pytest.approx((2 / 26) ** 0.5)
+    row, = ewc_gan.layers(theta, theta_S, F)
+    assert row["layer"] == "up" and row["weight"] == pytest.approx(8 / 3)
+    assert row["fisher"] == pytest.approx(3), "the mean of F is over the weights, not the tensors"
+    assert row["change"] == pytest.approx(25), (                           # (1+0+1) / (1+3+4)
+        "sum |theta - theta_S| over sum |theta_S|, in %: not a mean of single ratios")
+
+
+def test_relative_change_by_hand():
+    theta_S, theta = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, {}
+    theta["a"], theta["b"] = torch.tensor([4.0]), torch.tensor([4.0])
+    assert ewc_gan.relative_change(theta, theta_S) == pytest.approx(1 / 5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -960,3 +993,84 @@ def test_benchmark_prints_its_figures_and_writes_nothing(tmp_path, monkeypatch, 
     names = re.findall(r"^([A-Za-z ]+)[,:]", text, re.M)
     assert names == ["dcgan", "pretraining", "adaptation", "Fisher information", "peak memory"]
     assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------
+# Exercises: the solutions stand in ewc_gan.py; without them just the tests of theirs fail
+# --------------------------------------------------------------------------------------------------
+PROGRAM = Path(ewc_gan.__file__)
+SOLUTION = r"### BEGIN SOLUTION \(exercise {}\).*?### END SOLUTION"
+UNSOLVED = "raise NotImplementedError" in PROGRAM.read_text()
+
+
+def exercise_failures(program, monkeypatch, number=""):
+    """{test: message} of the exercise tests that fail when ewc_gan.py is the given text."""
+    student = types.ModuleType("ewc_gan_student")
+    student.__file__ = str(PROGRAM)
+    monkeypatch.setitem(sys.modules, student.__name__, student)
+    exec(compile(program, "student.py", "exec"), student.__dict__)
+    mine, failures = globals(), {}
+    for name in ("ewc_gan", "Settings", "adapt", "build_model", "ewc_penalty", "fisher_diagonal"):
+        monkeypatch.setitem(mine, name, getattr(student, name, student))
+    for name, test in [item for item in mine.items() if
+                       item[0].startswith(f"test_exercise_{number}")]:
+        arches = FAMILIES if "arch" in inspect.signature(test).parameters else [None]
+        for arguments in ([arch] if arch else [] for arch in arches):
+            try:
+                test(*arguments)
+            except (Exception, pytest.fail.Exception) as error:
+                failures[name] = f"{type(error).__name__}: {error}"
+    monkeypatch.undo()
+    return failures
+
+
+@pytest.mark.skipif(UNSOLVED, reason="proves the solutions, which have been taken out")
+@pytest.mark.parametrize("number", range(1, 6))
+def test_without_its_solution_the_tests_of_an_exercise_fail_and_no_others(number, monkeypatch):
+    whole = PROGRAM.read_text()
+    pattern = SOLUTION.format(number)
+    stripped = re.sub(pattern, "raise NotImplementedError", whole, flags=re.S)
+    assert stripped != whole
+    failures = exercise_failures(stripped, monkeypatch)
+    of_this = {name for name in globals() if name.startswith(f"test_exercise_{number}_")}
+    assert set(failures) == of_this != set()
+    assert all(message.startswith("NotImplementedError") for message in failures.values())
+
+
+@pytest.mark.skipif(UNSOLVED, reason="proves the solutions, which have been taken out")
+@pytest.mark.parametrize("number, right, wrong, says", [
+    (1, "nnF.softplus(-real_logits).mean() +", "-real_logits.sigmoid().mean() +", "L_D is not"),
+    (1, "nnF.softplus(-fake_logits).mean()", "-nnF.softplus(fake_logits).mean()", "non-saturating"),
+    (2, "create_graph=True", "create_graph=False", "create_graph"),
+    (2, "real.detach().requires_grad_(True)", "real.requires_grad_(True)", "detach them first"),
+    (2, "gradient.square().sum((1, 2, 3)).mean()", "gradient.square().mean()", "squared length"),
+    (3, "D(G(z[i:i + 1]))).sum()", "D(G(z))).mean()", "the square of the batch-mean gradient"),
+    (3, "nnF.logsigmoid(D(G(z[i:i + 1])))", "torch.log(D(G(z[i:i + 1])).abs())", "sigmoid of its"),
+    (3, "gradient.float().square()", "gradient.float()", "squared"),
+    (3, "with evaluating(G, D), torch.enable", "with torch.enable", "must be frozen, in eval mode"),
+    (4, "2 * gradient", "gradient", "not 2 lam F"),
+    (4, "p.detach().clone() for name, p in model", "p for name, p in model", "must be copies"),
+    (4, "p.detach().clone() for name, p in model", "p.clone() for name, p in model", "detach"),
+    (5, "(theta[name] - theta_S[name]).abs().sum()", "(theta[name] / theta_S[name] - 1).abs().sum()",
+     "single ratios"),
+])
+def test_a_wrong_answer_is_told_what_is_wrong(number, right, wrong, says, monkeypatch):
+    whole = PROGRAM.read_text()
+    assert right in whole
+    failures = exercise_failures(whole.replace(right, wrong), monkeypatch, number)
+    assert any(says in message for message in failures.values()), failures
+
+
+def skip_unsolved(test):
+    @functools.wraps(test)
+    def wrapped(*args, **kwargs):
+        try:
+            test(*args, **kwargs)
+        except NotImplementedError:
+            pytest.skip("needs the solution of an exercise")
+    return wrapped
+
+
+if UNSOLVED:                    # in the student's version what builds on an exercise has to wait
+    globals().update({name: skip_unsolved(test) for name, test in list(globals().items())
+                      if name.startswith("test_") and not name.startswith("test_exercise_")})

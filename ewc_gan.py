@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -181,6 +182,7 @@ def load_images(folder, resolution):
 # is loaded, G(z) depends on its z alone, and in eval mode D(x) on its x alone: the Fisher
 # information is a mean over single samples, and must not change with what else is in the batch.
 # --------------------------------------------------------------------------------------------------
+RESOLUTIONS = (32, 64, 128, 256)
 G_WIDTHS = {"dcgan": [192, 128, 96, 64, 32, 16], "stylegan": [128, 128, 96, 48, 24, 12, 8]}
 D_WIDTHS = [256, 128, 64, 32, 16, 8]
 
@@ -555,22 +557,25 @@ class Trainer:
                     raise UserError(f"another process was lost at step {self.step}; the state is "
                                     "saved: go on with the same command and --resume")
                 progress.show(self.step, losses)
+                if self.device.type == "cpu" or self.step % 10 == 0:      # elsewhere it is a wait
+                    self.check_finite(losses)
                 last = self.step == self.settings.steps or asked_to_stop
                 if look and (last or self.step % 10 == 0):
                     look(losses, self.settings.batch_size / progress.seconds_per_step(self.step))
                 if last or self.step % save_every == 0:
-                    self.check_finite()
+                    for net in (self.model.G, self.model.D):
+                        self.check_finite(dict(net.named_parameters()))
                     if self.rank == 0:
                         save()
         if asked_to_stop:
             raise KeyboardInterrupt
 
-    def check_finite(self):
+    def check_finite(self, values):
         """Stop before a good checkpoint is overwritten by one whose weights are lost."""
-        weights = [*self.model.G.parameters(), *self.model.D.parameters()]
-        if not all(weight.isfinite().all() for weight in weights):
-            raise UserError(f"weights are not finite at step {self.step}: the training diverged; "
-                            "try a lower --lr (the last good checkpoint is kept)")
+        for name, value in values.items():
+            if not value.isfinite().all():
+                raise UserError(f"{name} not finite at step {self.step}: the training diverged; "
+                                "try a lower --lr (the last good checkpoint is kept)")
 
     def parts(self):
         return {"G": self.model.G, "D": self.model.D, "G_ema": self.model.G_ema,
@@ -589,14 +594,23 @@ class Trainer:
         if "training" not in checkpoint:
             raise UserError(f"{path}: holds a finished model, not a training that can be resumed")
         state = checkpoint["training"]
+        before = state.get("origin", {})
         for name, value in self.state(**origin)["origin"].items():
-            if state["origin"].get(name) != value:
-                raise UserError(f"--resume: {name} was {state['origin'].get(name)} when {path} was "
+            if before.get(name) != value:
+                raise UserError(f"--resume: {name} was {before.get(name)} when {path} was "
                                 f"written, and is {value} now; use the same, or start anew")
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
-        self.random.set_state(state["random"])
-        self.step = state["step"]
+        try:
+            for name, part in self.parts().items():
+                part.load_state_dict(state[name])
+            for optimizer in (self.opt_G, self.opt_D):     # load_state_dict looks at no shapes
+                for p, of_p in optimizer.state.items():
+                    if any(v.shape not in (p.shape, ()) for v in of_p.values()):
+                        raise ValueError("optimizer state of another shape")
+            self.random.set_state(state["random"])
+            self.step = int(state["step"])
+            checkpoint["log"] = list(checkpoint["log"])
+        except Exception as error:                         # a damaged file can raise anything
+            raise UserError(damaged(path, error))
         return checkpoint
 
 
@@ -1089,33 +1103,64 @@ def save_checkpoint(path, model, **extra):
         raise UserError(f"{path}: cannot be written ({error})")
 
 
+def damaged(path, error):
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return f"{path}: not a checkpoint of this program, or damaged ({reason}); use another file"
+
+
 def read_checkpoint(path):
-    """The dict in a checkpoint file.  UserError where it is missing, damaged, or holds code."""
+    """The dict in a checkpoint file.  UserError where it is missing, damaged, or holds code.
+
+    A checkpoint may come from a stranger.  weights_only refuses to run code; the file must be a
+    plain archive, of no more than it takes on disk, so that reading it cannot fill the memory.
+    """
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint; give a file that one of the programs wrote")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(record.file_size for record in archive.infolist()) > Path(path).stat().st_size:
+                raise ValueError("it unpacks to more than it holds")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                      # the error says it all
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+            raise ValueError(f"its format is not '{FORMAT}'")
     except Exception as error:                                   # a damaged file can raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a checkpoint of this program, or damaged ({reason})")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this program (format '{FORMAT}')")
+        raise UserError(damaged(path, error))
     return checkpoint
 
 
 def load_checkpoint(path, device="cpu"):
-    """The Model in a checkpoint, which says itself what it is: no flag is needed to load it."""
+    """The Model in a checkpoint, which says itself what it is: no flag is needed to load it.
+
+    Every size is compared with the tensors in the file before anything is made of that size.
+    """
     c = read_checkpoint(path)
     try:
-        model = build_model(c["arch"], c["resolution"], device, c["z_dim"],
-                            c["g_channels"], c["d_channels"])
+        if c["resolution"] not in RESOLUTIONS:
+            raise ValueError(f"resolution {c['resolution']}, not one of {RESOLUTIONS}")
+        sizes = c["z_dim"], c["g_channels"], c["d_channels"]
+        for channels, usual in zip(sizes[1:], widths(c["arch"], c["resolution"])):
+            if len(channels) != len(usual):
+                raise ValueError(f"{len(channels)} stages, where the resolution takes {len(usual)}")
+        with torch.device("meta"):                               # shapes without memory
+            skeleton = build_model(c["arch"], c["resolution"], "meta", *sizes)
+        tensors = []
+        for name in ("G_ema", "D"):
+            expected = {key: t.shape for key, t in getattr(skeleton, name).state_dict().items()}
+            if {key: t.shape for key, t in c[name].items()} != expected:
+                raise ValueError(f"the tensors of {name} are not those of its sizes")
+            tensors += c[name].values()
+        if sum(tensor.nbytes for tensor in tensors) > Path(path).stat().st_size:
+            raise ValueError("tensors larger than the file")
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError("weights that are not finite")
+        model = build_model(c["arch"], c["resolution"], device, *sizes)
         model.G_ema.load_state_dict(c["G_ema"])
         model.G.load_state_dict(c["G_ema"])
         model.D.load_state_dict(c["D"])
     except Exception as error:
-        raise UserError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})")
+        raise UserError(damaged(path, error))
     return model
 
 
@@ -1295,6 +1340,14 @@ def print_table(table):
 # Command line
 # --------------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
+    """Options are spelt out, help reads like a manual, and what is wrong is a UserError."""
+    def __init__(self, usage, doc):
+        form = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26,
+                                 width=96)
+        super().__init__(usage=usage, description=doc, formatter_class=form, allow_abbrev=False,
+                         epilog="exit codes: 0 done, 2 something to mend in the input (one line "
+                                "says what), 130 stopped by Ctrl-C")
+
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
@@ -1346,49 +1399,69 @@ def chosen(args):
 
 def add_shared_options(parser, table):
     """The options of both programs."""
-    for option, kind, text in [
-            ("--steps", number(int, 1), "training steps"),
-            ("--batch-size", number(int, 1), "images a step"),
-            ("--lr", number(float, 1e-9, 1), "Adam's learning rate for G"),
-            ("--d-lr-ratio", number(float, 0, 100), "D's learning rate over G's"),
-            ("--r1-gamma", number(float, 0), "weight of the R1 penalty on D"),
-            ("--shift", number(float, 0, 0.5), "D sees images moved by up to this part of them")]:
+    training = parser.add_argument_group("training")
+    for option, metavar, kind, text in [
+            ("--steps", "N", number(int, 1), "training steps"),
+            ("--batch-size", "N", number(int, 1), "images a step"),
+            ("--lr", "X", number(float, 1e-9, 1), "Adam's learning rate for G"),
+            ("--d-lr-ratio", "X", number(float, 0, 100), "D's learning rate over G's"),
+            ("--r1-gamma", "X", number(float, 0), "weight of the R1 penalty on D"),
+            ("--shift", "X", number(float, 0, 0.5), "D sees images moved by up to this part of "
+             "their size, or it learns few shots by heart")]:
         default = defaults(table, option[2:].replace("-", "_"))
-        parser.add_argument(option, type=kind, help=f"{text} (default: {default})")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
-                        help="auto: cuda, else mps, else cpu (default: auto)")
-    parser.add_argument("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
-                        help="mixed precision; auto: where the device is fast with it (default)")
+        training.add_argument(option, metavar=metavar, type=kind,
+                              help=f"{text} (default: {default})")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+                         help="auto: cuda, else mps, else cpu (default: auto)")
+    machine.add_argument("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
+                         help="mixed precision; auto: where the device is fast with it, bf16 "
+                         "rather than fp16 (default: auto)")
+
+
+def build_parser():
+    p = Parser("python ewc_gan.py --target DIR [options]\n"
+               "       python ewc_gan.py --checkpoint FILE --generate N --out DIR", __doc__)
+    run = p.add_argument_group("what to adapt, to what")
+    run.add_argument("--target", type=Path, metavar="DIR", help="the few images to adapt to, of "
+                     "any size and format, cropped to squares; about ten")
+    run.add_argument("--source", type=Path, metavar="FILE",
+                     help=f"the source model, of pretrain_source.py (default: {SOURCE})")
+    run.add_argument("--out", type=Path, metavar="DIR",
+                     help="folder for the results (default: out/TARGET)")
+    run.add_argument("--shots", type=number(int, 1), metavar="K",
+                     help="use the first K images, by name (default: all)")
+    run.add_argument("--resume", action="store_true",
+                     help="go on from adapted.pt in --out, after Ctrl-C or with more --steps")
+    run.add_argument("--dry-run", action="store_true",
+                     help="check all input, print the settings, write nothing")
+    ewc = p.add_argument_group("the method; with several methods, strengths or seeds, a comparison")
+    ewc.add_argument("--method", nargs="+", choices=list(METHODS), default=["ewc"], metavar="NAME",
+                     help="; ".join(f"{name}: {text}" for name, text in METHODS.items())
+                     + " (default: ewc)")
+    ewc.add_argument("--lam", nargs="+", type=number(float, 0), metavar="L",
+                     help="lambda, the strength of EWC; several: a sweep; 0: plain fine-tuning "
+                     f"(default: {LAM['ewc']:g}; for raw {LAM['raw']:g})")
+    ewc.add_argument("--fisher-samples", type=number(int, 1), metavar="N",
+                     help="samples of the Fisher information "
+                     f"(default: {defaults(ADAPT, 'fisher_samples')})")
+    ewc.add_argument("--seed", nargs="+", type=number(int, 0, 2**63 - 1), default=[0], metavar="S",
+                     help="of all random numbers; several: mean and spread (default: 0)")
+    ewc.add_argument("--reference", type=Path, metavar="DIR", help="target images that are held "
+                     "out, 20 at least: measures how well each run fits them")
+    ewc.add_argument("--features", default="discriminator", choices=["discriminator", "inception"],
+                     help="space of the distances: the D of the shipped DCGAN, or Inception "
+                     "of torchvision, which has to be downloaded (default: discriminator)")
+    add_shared_options(p, ADAPT)
+    sample = p.add_argument_group("images from an adapted model")
+    sample.add_argument("--checkpoint", type=Path, metavar="FILE", help="the model")
+    sample.add_argument("--generate", type=number(int, 1), metavar="N",
+                        help="write N images as separate PNG files into --out, then stop")
+    return p
 
 
 def parse_arguments(argv):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-               allow_abbrev=False)
-    p.add_argument("--target", type=Path, help="folder with the few images to adapt to")
-    p.add_argument("--source", type=Path, help=f"the source model (default: {SOURCE})")
-    p.add_argument("--out", type=Path, help="folder for the results (default: out/TARGET)")
-    p.add_argument("--shots", type=number(int, 1), help="use the first K images (default: all)")
-    p.add_argument("--method", nargs="+", choices=list(METHODS), default=["ewc"],
-                   help="several: a comparison, from the same z and seed (default: ewc).  "
-                   + "; ".join(f"{name}: {text}" for name, text in METHODS.items()))
-    p.add_argument("--lam", nargs="+", type=number(float, 0), help="lambda, the strength of EWC; "
-                   f"several: a sweep (default: {Settings.lam:g}; for raw {LAM['raw']:g})")
-    p.add_argument("--reference", type=Path, help="folder of target images that are held out: "
-                   "measures how well each run fits them")
-    p.add_argument("--features", default="discriminator", choices=["discriminator", "inception"],
-                   help="the space of the distances: the D of the shipped DCGAN, or torchvision's "
-                   "Inception, which has to be downloaded (default: discriminator)")
-    p.add_argument("--fisher-samples", type=number(int, 1), help="samples for the Fisher "
-                   f"information (default: {defaults(ADAPT, 'fisher_samples')})")
-    add_shared_options(p, ADAPT)
-    p.add_argument("--seed", nargs="+", type=number(int, 0, 2**63 - 1), default=[0],
-                   help="of all random numbers; several: mean and spread (default: 0)")
-    p.add_argument("--resume", action="store_true", help="go on from adapted.pt in --out")
-    p.add_argument("--dry-run", action="store_true",
-                   help="check all input, print the settings, write nothing")
-    p.add_argument("--checkpoint", type=Path, help="with --generate: the model to sample from")
-    p.add_argument("--generate", type=number(int, 1), metavar="N",
-                   help="write N images as separate PNG files into --out, then stop")
+    p = build_parser()
     args = p.parse_args(argv)
     given = {a.dest for a in p._actions if getattr(args, a.dest, a.default) != a.default}
     if args.generate or args.checkpoint:
@@ -1490,10 +1563,13 @@ def execute(runs, out, source, shots, ruler, config, begun, amp):
         table.append({"run": "held-out", **ruler.of_reference()})
     for name, run, folder in runs:
         make_folder(folder)
-        (folder / "config.json").write_text(json.dumps({**asdict(run), **config}, indent=1) + "\n")
+        text = json.dumps({**asdict(run), **config}, indent=1) + "\n"
+        if folder not in begun:                                 # it may yet be refused
+            (folder / "config.json").write_text(text)
         result = adapt(source, shots, run, folder / "adapted.pt", amp, folder in begun,
                        F=fisher(run.seed),
                        measure=lambda model: ruler(generate(model, ruler.n, seed=1)))
+        (folder / "config.json").write_text(text)
         write_run(folder, source, shots, result)
         if name not in rows:                                    # of several seeds, show the first
             logs[name], rows[name] = result.log, generate(result.model, 8)
@@ -1518,7 +1594,7 @@ def exit_cleanly(program, run):
     try:
         run()
     except (UserError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)    # a name can have \n
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: stopped; if a training had begun, it is saved: go on with the same "

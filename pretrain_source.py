@@ -39,24 +39,32 @@ def draw_source_images(resolution):
 
 
 def parse_arguments(argv):
-    p = ewc_gan.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                       allow_abbrev=False)
-    p.add_argument("--data", type=Path,
-                   help="folder of images, nested or not (default: the program draws faces)")
-    p.add_argument("--arch", default="dcgan", choices=sorted(ewc_gan.PRETRAIN),
-                   help="family of networks (default: dcgan)")
-    p.add_argument("--resolution", type=int, default=64, choices=[32, 64, 128, 256],
-                   help="(default: 64)")
-    p.add_argument("--out", type=Path, help="(default: out/source_ARCH.pt)")
-    p.add_argument("--init", type=Path,
-                   help="start from this checkpoint's weights; it decides --arch, --resolution")
-    p.add_argument("--resume", action="store_true", help="go on from OUT.train")
-    p.add_argument("--benchmark", action="store_true",
-                   help="measure speed and memory with random images, print them, write nothing")
-    p.add_argument("--seed", type=ewc_gan.number(int, 0, 2**63 - 1), default=0,
-                   help="of all random numbers (default: 0)")
+    p = ewc_gan.Parser("python pretrain_source.py [options]", __doc__)
+    source = p.add_argument_group("the source")
+    source.add_argument("--data", type=Path, metavar="DIR", help="images, nested or not, of any "
+                        "size and format, cropped to squares; thousands (default: draws faces)")
+    source.add_argument("--arch", choices=sorted(ewc_gan.PRETRAIN),
+                        help="family of networks (default: dcgan)")
+    source.add_argument("--resolution", type=int, choices=ewc_gan.RESOLUTIONS,
+                        help="width and height of the images (default: 64)")
+    source.add_argument("--out", type=Path, metavar="FILE",
+                        help="the checkpoint to write (default: out/source_ARCH.pt)")
+    source.add_argument("--init", type=Path, metavar="FILE", help="start from this checkpoint's "
+                        "weights; it decides --arch and --resolution")
+    source.add_argument("--resume", action="store_true",
+                        help="go on from OUT.train, after Ctrl-C or with more --steps")
+    source.add_argument("--seed", type=ewc_gan.number(int, 0, 2**63 - 1), default=0, metavar="S",
+                        help="of all random numbers (default: 0)")
+    source.add_argument("--benchmark", action="store_true", help="measure speed and memory with "
+                        "random images and weights, print them, write nothing")
     ewc_gan.add_shared_options(p, ewc_gan.PRETRAIN)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    for option, others in (("init", ["arch", "resolution", "resume"]),
+                           ("benchmark", ["data", "out", "init", "resume"])):
+        unfit = [f"--{other}" for other in others if getattr(args, other)]
+        if getattr(args, option) and unfit:
+            raise ewc_gan.UserError(f"--{option} does not go with {unfit[0]}; leave one out")
+    return args
 
 
 @contextlib.contextmanager
@@ -80,7 +88,8 @@ def process_group(device):
 def run(args):
     device, amp = ewc_gan.choose_device(args.device, args.amp)
     if args.benchmark:
-        benchmark(args.arch, args.resolution, torch.device(device), amp, args.batch_size)
+        benchmark(args.arch or "dcgan", args.resolution or 64, torch.device(device), amp,
+                  args.batch_size)
         return
     with process_group(device) as device:
         pretrain(args, device, amp)
@@ -91,19 +100,21 @@ def pretrain(args, device, amp):
     if args.init:
         model = ewc_gan.load_checkpoint(args.init, device)
     else:
-        model = ewc_gan.build_model(args.arch, args.resolution, device)
+        model = ewc_gan.build_model(args.arch or "dcgan", args.resolution or 64, device)
     settings = replace(ewc_gan.PRETRAIN[model.arch], **ewc_gan.chosen(args))
     out = args.out or Path("out") / f"source_{model.arch}.pt"
     if out.suffix != ".pt":
         raise ewc_gan.UserError(f"--out {out}: the name of a checkpoint ends in .pt")
     if args.resume:
         ewc_gan.read_checkpoint(out.with_name(out.name + ".train"))
-    ewc_gan.make_folder(out.parent)
     print("  ".join(f"{key}={value}" for key, value in asdict(settings).items()), flush=True)
     if args.data:
-        images = ewc_gan.read_folder(args.data, model.resolution, scratch=out.parent)
+        parents = out.absolute().parents                 # nothing is made before all input is read
+        images = ewc_gan.read_folder(args.data, model.resolution,
+                                     scratch=next(path for path in parents if path.is_dir()))
     else:
         images = draw_source_images(model.resolution)
+    ewc_gan.make_folder(out.parent)
     ewc_gan.pretrain(images, model, settings, out, amp, args.resume)
     print(f"{out}: the source model;  {out.with_suffix('.png')}: samples")
 
@@ -112,7 +123,7 @@ def pretrain(args, device, amp):
 # Benchmark
 # --------------------------------------------------------------------------------------------------
 def medians(jobs, device, rounds=7):
-    """Median seconds of each job in {name: function}; in turns, so that all see the same machine."""
+    """Median seconds of each job in {name: function}; in turns, so all see the same machine."""
     times = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():

@@ -857,8 +857,8 @@ def parse_arguments(argv=None):
     return parser, parser.parse_args(argv)
 
 
-def main():
-    parser, args = parse_arguments()
+def main(argv=None):
+    parser, args = parse_arguments(argv)
     try:
         if args.ten_shot:
             for style, folder in TEN_SHOT_FOLDERS.items():

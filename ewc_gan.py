@@ -58,7 +58,8 @@ class UserError(Exception):
 
 
 # --------------------------------------------------------------------------------------------------
-# Settings: every hyperparameter of both trainings, in one place
+# Settings: every hyperparameter of both trainings, in one place.  The paper's own are not known to
+# us; these were chosen on the embedded domain.
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Settings:
@@ -102,7 +103,7 @@ PRETRAIN = {
 
 
 # --------------------------------------------------------------------------------------------------
-# Images
+# Images: the large source domain and the few target images are folders, read in the same way
 # --------------------------------------------------------------------------------------------------
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -447,7 +448,8 @@ def d_r1_loss(D, real):
 
 
 # --------------------------------------------------------------------------------------------------
-# One training step, the same for the source model and for its adaptation
+# One training step, the same for the source model and for its adaptation, which adds a pull to the
+# loss of G.  Around it: random numbers, progress, checkpoints, several processes.
 # --------------------------------------------------------------------------------------------------
 def autocast(device, amp):
     """Automatic mixed precision: networks in bf16 or fp16, everything else left in float32."""
@@ -650,7 +652,7 @@ def accumulate(G_ema, G, decay):
 
 
 # --------------------------------------------------------------------------------------------------
-# The source model
+# The source model: a GAN trained on a large domain, the start of everything in the paper
 # --------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def calibrate_batchnorm(G, z_dim, samples=4096, batch=256, seed=0):
@@ -736,7 +738,7 @@ def pretrain(images, model, settings, out, amp="off", resume=False, save_every=1
 
 
 # --------------------------------------------------------------------------------------------------
-# The importance of weights: diagonal Fisher information
+# The importance of weights (the paper's importance measure): diagonal Fisher information
 # --------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def evaluating(*networks):
@@ -804,7 +806,8 @@ def fisher_diagonal_chunked(G, D, z, chunk=32):
 
 
 # --------------------------------------------------------------------------------------------------
-# Adaptation to a few images
+# Adaptation to a few images (the paper's adaptation loss):
+#     L_adapt = L_adv + lambda * sum_i F_i (theta_i - theta_S,i)^2
 # --------------------------------------------------------------------------------------------------
 class WeightedSquares(torch.autograd.Function):
     """sum F (theta - theta_S)^2 over lists of tensors, with its gradient 2 F (theta - theta_S)
@@ -837,6 +840,7 @@ def ewc_penalty(G, theta_S, F):
     """
     ### BEGIN SOLUTION (exercise 4)
     theta = dict(G.named_parameters())
+    # sum((F[name] * (theta[name] - theta_S[name]).square()).sum() for name in F), only faster:
     return WeightedSquares.apply([theta_S[name] for name in F], list(F.values()),
                                  *(theta[name] for name in F))
     ### END SOLUTION
@@ -1065,7 +1069,7 @@ def inception_features(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# Using a model, and keeping it
+# Using a model, and keeping it in a file that holds nothing but tensors, numbers and strings
 # --------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def generate(model, n, seed=0):
@@ -1165,7 +1169,8 @@ def load_checkpoint(path, device="cpu"):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures
+# Pictures, after the paper's figures: samples beside the shots, methods from the same z, and the
+# weight changes of the layers beside their Fisher information
 # --------------------------------------------------------------------------------------------------
 def image_grid(images, columns, scale=1, gap=2):
     """float [N, 3, R, R] in [-1, 1] -> one PIL picture, row by row, white lines between images."""
@@ -1337,7 +1342,7 @@ def print_table(table):
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line
+# Command line: nothing below belongs to the method
 # --------------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """Options are spelt out, help reads like a manual, and what is wrong is a UserError."""

@@ -38,7 +38,7 @@ def draw_source_images(resolution):
     return torch.from_numpy(faces).permute(0, 3, 1, 2).contiguous()
 
 
-def parse_arguments(argv):
+def build_parser():
     p = ewc_gan.Parser("python pretrain_source.py [options]", __doc__)
     source = p.add_argument_group("the source")
     source.add_argument("--data", type=Path, metavar="DIR", help="images, nested or not, of any "
@@ -58,7 +58,11 @@ def parse_arguments(argv):
     source.add_argument("--benchmark", action="store_true", help="measure speed and memory with "
                         "random images and weights, print them, write nothing")
     ewc_gan.add_shared_options(p, ewc_gan.PRETRAIN)
-    args = p.parse_args(argv)
+    return p
+
+
+def parse_arguments(argv):
+    args = build_parser().parse_args(argv)
     for option, others in (("init", ["arch", "resolution", "resume"]),
                            ("benchmark", ["data", "out", "init", "resume"])):
         unfit = [f"--{other}" for other in others if getattr(args, other)]

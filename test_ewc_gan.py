@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ import draw_faces  # noqa: E402
 
 FAMILIES = sorted(ewc_gan.FAMILIES)
 SHOTS = ewc_gan.HERE / "data" / "10shot"
+PROGRAM = Path(ewc_gan.__file__)
+UNSOLVED = "raise NotImplementedError" in PROGRAM.read_text()      # in the student's version
 TOY = Settings(steps=4, batch_size=2, fisher_samples=4, method="raw", lam=100.0, r1_every=2)
 
 
@@ -1099,11 +1102,66 @@ def test_shipped_sources_make_varied_images_that_their_D_believes(arch):
         assert D(faces).mean() > D(images).mean() > D(noise).mean()
 
 
+def readme_blocks(*languages):
+    text = (ewc_gan.HERE / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```(?:{'|'.join(languages)})\n(.*?)```", text, re.S)
+
+
 def readme_commands():
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ewc_gan.HERE / "README.md").read_text(), re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "\n".join(readme_blocks("bash", "sh")).replace("\\\n", " ").splitlines()
     return [line.split(" #")[0].strip() for line in lines
-            if line.startswith(("python ", "torchrun "))]
+            if line.startswith(("python ", "torchrun ")) and not re.search(" -c | --help", line)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "data/README.md"])
+def test_links_and_names_in_the_documents_exist(name):
+    path = ewc_gan.HERE / name
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+                for title in re.findall(r"^#+ (.*)$", text, re.M)}
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 0
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in headings, link
+        elif not link.startswith("https://"):
+            assert (path.parent / link).exists(), link
+    helps = ewc_gan.build_parser().format_help() + pretrain_source.build_parser().format_help()
+    for option in re.findall(r"`(--[a-z0-9-]+)", text):
+        assert option in helps or option in ("--style", "--ten-shot"), option
+    columns = {"nearest_shot", "loss_D", "loss_G", "theta_S", "img_align_celeba"}
+    for word in re.findall(r"`([a-z0-9.]+_[A-Za-z0-9_.]+)`", text):
+        known = [m for m in (ewc_gan, pretrain_source) if hasattr(m, word.split(".")[0])]
+        assert known or word in columns or (path.parent / word).exists(), word
+    for file in re.findall(r"`(data/[^`*]+)`", text):
+        assert (ewc_gan.HERE / file).exists(), file
+
+
+def test_readme_code_runs_with_somebody_elses_networks():
+    block, = readme_blocks("python")
+    G, D = nn.Linear(3, 6), nn.Sequential(nn.Linear(6, 1))
+    names = {"G": G, "D": D, "z": torch.randn(5, 3), "lam": 2.0,
+             "adversarial_loss": lambda G: G.weight.sum()}
+    exec(block, names)
+    assert names["loss"].item() == pytest.approx(G.weight.sum().item(), abs=1e-6)    # no way yet
+    with torch.no_grad():
+        G.weight += 1
+    exec(block[block.index("loss = "):], names)
+    penalty = 2 * names["F"]["weight"].sum().item()
+    assert names["loss"].item() == pytest.approx(G.weight.sum().item() + penalty, rel=1e-4)
+
+
+@pytest.mark.skipif(UNSOLVED, reason="the solutions have been taken out")
+def test_readme_command_takes_the_solutions_out(tmp_path):
+    line, = [line for block in readme_blocks("bash") for line in block.splitlines()
+             if line.startswith("python -c")]
+    shutil.copy(PROGRAM, tmp_path)
+    subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, check=True)
+    whole, student = PROGRAM.read_text(), (tmp_path / PROGRAM.name).read_text()
+    assert student == re.sub(r"### BEGIN SOLUTION.*?### END SOLUTION", "raise NotImplementedError",
+                             whole, flags=re.S) != whole
+    assert "### BEGIN" not in student
+    compile(student, "student.py", "exec")
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
@@ -1199,9 +1257,7 @@ def test_benchmark_prints_its_figures_and_writes_nothing(tmp_path, monkeypatch, 
 # --------------------------------------------------------------------------------------------------
 # Exercises: the solutions stand in ewc_gan.py; without them just the tests of theirs fail
 # --------------------------------------------------------------------------------------------------
-PROGRAM = Path(ewc_gan.__file__)
 SOLUTION = r"### BEGIN SOLUTION \(exercise {}\).*?### END SOLUTION"
-UNSOLVED = "raise NotImplementedError" in PROGRAM.read_text()
 
 
 def exercise_failures(program, monkeypatch, number=""):

@@ -14,10 +14,15 @@ as the judge.  Then G is trained on about ten target images, and weights that ma
 
 so that the images take the look of the target and keep the variety of the source.
 
-What differs from the paper: networks of a million weights at 64 pixels where the paper uses a
-StyleGAN at 256; a drawn source domain; no noise inputs in G; D sees shifted images.  The sections
-follow the paper: images, networks, losses, source model, importance of weights, adaptation; then
-measures, files, pictures and the command line.
+What differs from the paper: F is capped and divided by its mean before it is used (--method raw
+leaves it as it is); theta_S is the moving average of the source G; networks of a million weights
+at 64 pixels where the paper uses a StyleGAN at 256; a drawn source domain; no noise inputs in G; D
+sees shifted images.
+
+The sections follow the paper: images, networks, losses, training step, source model, importance of
+weights, adaptation; then measures, and what belongs to no method: the running of a training, files,
+pictures, command line.  The method itself is short: train_step, fisher_diagonal, ewc_penalty,
+adapt.  The markers "BEGIN SOLUTION" say what the assignments in README.md take out.
 """
 import argparse
 import contextlib
@@ -50,7 +55,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 HERE = Path(__file__).resolve().parent
-SOURCE = "data/source_dcgan.pt"             # the better of the two shipped sources
+SOURCE = "data/source_dcgan.pt"             # the default: it adapts better than the StyleGAN
 
 
 class UserError(Exception):
@@ -63,13 +68,13 @@ class UserError(Exception):
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Settings:
-    """Of a training; the defaults are those of a DCGAN's adaptation to ten images."""
+    """Hyperparameters of one training; the defaults adapt a DCGAN to ten images."""
     steps: int = 1200            # long enough to take on the look; later on, the shots are copied
     batch_size: int = 4          # ten shots hold little more than four images do
     lr: float = 1e-3             # of Adam, for G
     d_lr_ratio: float = 0.1      # D's learning rate over G's: slow, or D knows the shots by heart
     lr_decay: float = 0.0        # if set, lr / sqrt(1 + step / lr_decay): fast first, then finer
-    beta1: float = 0.5           # DCGAN's value: less momentum, for the target moves (Radford 2016)
+    beta1: float = 0.5           # DCGAN's value: less momentum, as G and D chase each other
     beta2: float = 0.99
     r1_gamma: float = 0.3        # weight of the R1 penalty on D: with more, D sees no details
     r1_every: int = 16           # R1 is costly and changes slowly: every 16th step, 16-fold
@@ -93,7 +98,7 @@ LAM = {"ewc": Settings.lam, "raw": 100.0, "l2": Settings.lam}      # default lam
 ADAPT = {"dcgan": Settings(),
          "stylegan": Settings(lr=2.5e-3, beta1=0.0, r1_gamma=0.1)}
 
-# Pretraining sees thousands of images: larger batches and steps, D as fast as G, no penalty.
+# Pretraining sees thousands of images: larger batches and rates, D as fast as G, no penalty.
 PRETRAIN = {
     "dcgan": Settings(steps=24000, batch_size=16, lr=2e-3, d_lr_ratio=1.0, lr_decay=3000.0,
                       r1_gamma=1.0, shift=0.0, lam=0.0),
@@ -103,7 +108,7 @@ PRETRAIN = {
 
 
 # --------------------------------------------------------------------------------------------------
-# Images: the large source domain and the few target images are folders, read in the same way
+# Images: the paper's source domain (thousands) and target domain (ten or fewer), read alike
 # --------------------------------------------------------------------------------------------------
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -179,8 +184,9 @@ def load_images(folder, resolution):
 
 
 # --------------------------------------------------------------------------------------------------
-# Networks.  Two families, each about a million weights a network at 64x64.  In both, once a source
-# is loaded, G(z) depends on its z alone, and in eval mode D(x) on its x alone: the Fisher
+# Networks: the paper's two, made small: the five-layer DCGAN of its analysis of weight changes, and
+# the StyleGAN of its main experiments, each about a million weights at 64x64.  In both, once a
+# source is loaded, G(z) depends on its z alone, and in eval mode D(x) on its x alone: the Fisher
 # information is a mean over single samples, and must not change with what else is in the batch.
 # --------------------------------------------------------------------------------------------------
 RESOLUTIONS = (32, 64, 128, 256)
@@ -242,7 +248,8 @@ class DCGANDiscriminator(nn.Module):
 class EqualizedLinear(nn.Module):
     """Linear layer with equalised learning rate (Karras et al. 2018): weights are stored as N(0, 1)
     and scaled as they are used, so that Adam's steps are alike in every layer.  EWC acts on the
-    stored weights: F and theta are those of `weight`, not of `weight * scale`."""
+    stored weights: F and theta are those of `weight`, not of `weight * scale`.  (The mapping
+    network's are N(0, 100^2), used times 0.01: it learns a hundred times more slowly.)"""
     def __init__(self, d_in, d_out, bias=0.0, gain=1.0, lr_multiplier=1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(d_out, d_in) / lr_multiplier)
@@ -298,7 +305,8 @@ class StyleGANGenerator(nn.Module):
     """z [N, z_dim] -> image [N, 3, R, R], about -1..1: StyleGAN-lite (after Karras et al. 2020).
 
     Mapping network, learned constant, modulated 3x3 convolutions, sum of RGB skips.  No noise
-    inputs: the same z must give the same image before and after the adaptation.
+    inputs: an image is a function of its z alone, so what becomes of a z can be seen, and F is a
+    mean over z and nothing else.
     """
     def __init__(self, z_dim, channels, mapping_layers=4):
         super().__init__()
@@ -400,7 +408,7 @@ class Model:
 
 
 def memory_format(device):
-    """The order of memory in which convolutions of this size are fastest."""
+    """The memory layout in which convolutions of this size are fastest."""
     return (torch.contiguous_format if torch.device(device).type == "mps"      # not safe there
             else torch.channels_last)
 
@@ -418,8 +426,9 @@ def build_model(arch, resolution, device="cpu", z_dim=None, g_channels=None, d_c
 
 
 # --------------------------------------------------------------------------------------------------
-# Losses: the non-saturating logistic GAN (Goodfellow et al. 2014) with R1 (Mescheder et al. 2018).
-# D gives logits: its probability that x is real is sigmoid(D(x)), and log sigmoid = -softplus(-).
+# Losses: the L_adv of the paper's adaptation loss.  Its form there is not known to us; here it is
+# the non-saturating logistic loss (Goodfellow et al. 2014) with R1 (Mescheder et al. 2018).  D gives
+# logits: its probability that x is real is sigmoid(D(x)), and log sigmoid(a) = -softplus(-a).
 # --------------------------------------------------------------------------------------------------
 def d_logistic_loss(real_logits, fake_logits):
     """L_D = -E[log D(x)] - E[log(1 - D(G(z)))].  Logits [N] and [M] -> scalar."""
@@ -448,8 +457,8 @@ def d_r1_loss(D, real):
 
 
 # --------------------------------------------------------------------------------------------------
-# One training step, the same for the source model and for its adaptation, which adds a pull to the
-# loss of G.  Around it: random numbers, progress, checkpoints, several processes.
+# One step of adversarial training: the same for the source model and for its adaptation, which adds
+# the penalty to the loss of G
 # --------------------------------------------------------------------------------------------------
 def autocast(device, amp):
     """Automatic mixed precision: networks in bf16 or fp16, everything else left in float32."""
@@ -458,7 +467,7 @@ def autocast(device, amp):
 
 
 class Trainer:
-    """Model, optimisers and random numbers of one training; all of it goes into a checkpoint."""
+    """Model, optimisers and random numbers of one training: all that the next step depends on."""
 
     def __init__(self, model, settings, amp):
         self.model, self.settings, self.amp = model, settings, amp
@@ -480,8 +489,8 @@ class Trainer:
     def draw(self, images):
         """Real images float [B, 3, R, R] in [-1, 1], with replacement, and z [B, z_dim].
 
-        Several processes draw the same, and each keeps its share, every so manyth: so the groups of
-        MinibatchStd are those of one process, too."""
+        Of several processes all draw the same, and process r of n keeps images r, r + n, r + 2n,
+        ...: so the groups of MinibatchStd are those of one process, too."""
         b, mine = self.settings.batch_size, slice(self.rank, None, self.processes)
         picks = torch.randint(len(images), (b,), generator=self.random)[mine]
         real = to_float(images[picks.to(images.device)].to(self.device))
@@ -506,7 +515,7 @@ class Trainer:
 
         images  uint8 [N, 3, R, R], or float in [-1, 1]
         pull    a function of G that is added to its loss: lambda * the EWC penalty
-        Returns a dict of scalar tensors, still on the device: to look at them costs a wait.
+        Returns a dict of scalar tensors, still on the device: reading one waits for it.
         """
         G, D, s = self.model.G, self.model.D, self.settings
         real, z = self.draw(images)
@@ -514,23 +523,25 @@ class Trainer:
         self.opt_G.param_groups[0]["lr"] = lr
         self.opt_D.param_groups[0]["lr"] = lr * s.d_lr_ratio
 
-        real = self.shift(real)
+        # D: minimise  L_D + gamma / 2 * R1
+        real = self.shift(real)                                             # [B, 3, R, R]
         with autocast(self.device, self.amp):
-            fake = self.shift(G(z))
-            real_logits, fake_logits = D(real), D(fake.detach())
+            fake = self.shift(G(z))                                         # [B, 3, R, R]
+            real_logits, fake_logits = D(real), D(fake.detach())            # [B], [B]
         loss_D = d_logistic_loss(real_logits.float(), fake_logits.float())
         total_D = loss_D
         if self.step % s.r1_every == 0:                          # float32: its gradients are small
             total_D = loss_D + s.r1_every * s.r1_gamma / 2 * d_r1_loss(D, real)
         self.update(self.opt_D, total_D)
 
+        # G: minimise  L_adapt = L_adv + lambda * sum_i F_i (theta_i - theta_S,i)^2
         with autocast(self.device, self.amp):
-            fake_logits = D(fake)
-        loss_G = g_nonsaturating_loss(fake_logits.float())
-        penalty = pull(G) if pull else torch.zeros_like(loss_G)
+            fake_logits = D(fake)                                           # [B]
+        loss_G = g_nonsaturating_loss(fake_logits.float())                  # L_adv
+        penalty = pull(G) if pull else torch.zeros_like(loss_G)             # lambda * sum ...
         self.update(self.opt_G, loss_G + penalty)
         self.scaler.update()
-        # A short average at first: a fixed long one is a copy of where it started, for ever so long
+        # Short at first: with 0.999 from the start, G_ema would long stay a copy of the source
         accumulate(self.model.G_ema, G, min(s.ema, (1 + self.step) / (10 + self.step)))
         self.step += 1
         return {"loss_D": loss_D.detach(), "loss_G": loss_G.detach(), "penalty": penalty.detach()}
@@ -542,107 +553,6 @@ class Trainer:
         if self.processes > 1:
             average_gradients([p.grad for p in parameters], self.processes)
         self.scaler.step(optimizer)
-
-    def run(self, images, label, save, save_every, pull=None, look=None):
-        """Train to the last step.  save() is called now and then, at the end, and upon Ctrl-C;
-        look(losses, images per second) at every tenth step."""
-        if images.nbytes < 2**32:                        # once, not a batch at a time
-            images = images.to(self.device)
-        progress = Progress(self.step, self.settings.steps, label)
-        with ctrl_c() as asked_to_stop:
-            while self.step < self.settings.steps and not asked_to_stop:
-                try:
-                    losses = self.train_step(images, pull)
-                except ProcessLost:
-                    if self.rank == 0:
-                        save()
-                    raise UserError(f"another process was lost at step {self.step}; the state is "
-                                    "saved: go on with the same command and --resume")
-                progress.show(self.step, losses)
-                if self.device.type == "cpu" or self.step % 10 == 0:      # elsewhere it is a wait
-                    self.check_finite(losses)
-                last = self.step == self.settings.steps or asked_to_stop
-                if look and (last or self.step % 10 == 0):
-                    look(losses, self.settings.batch_size / progress.seconds_per_step(self.step))
-                if last or self.step % save_every == 0:
-                    for net in (self.model.G, self.model.D):
-                        self.check_finite(dict(net.named_parameters()))
-                    if self.rank == 0:
-                        save()
-        if asked_to_stop:
-            raise KeyboardInterrupt
-
-    def check_finite(self, values):
-        """Stop before a good checkpoint is overwritten by one whose weights are lost."""
-        for name, value in values.items():
-            if not value.isfinite().all():
-                raise UserError(f"{name} not finite at step {self.step}: the training diverged; "
-                                "try a lower --lr (the last good checkpoint is kept)")
-
-    def parts(self):
-        return {"G": self.model.G, "D": self.model.D, "G_ema": self.model.G_ema,
-                "opt_G": self.opt_G, "opt_D": self.opt_D, "scaler": self.scaler}
-
-    def state(self, **origin):
-        """All that the next step depends on; origin: what a resumed run must have in common."""
-        origin = {**asdict(self.settings), "amp": self.amp, **origin}
-        del origin["steps"]
-        return {"step": self.step, "random": self.random.get_state(), "origin": origin,
-                **{name: part.state_dict() for name, part in self.parts().items()}}
-
-    def resume(self, path, **origin):
-        """Go on from the state in a checkpoint, which is returned whole."""
-        checkpoint = read_checkpoint(path)
-        if "training" not in checkpoint:
-            raise UserError(f"{path}: holds a finished model, not a training that can be resumed")
-        state = checkpoint["training"]
-        before = state.get("origin", {})
-        for name, value in self.state(**origin)["origin"].items():
-            if before.get(name) != value:
-                raise UserError(f"--resume: {name} was {before.get(name)} when {path} was "
-                                f"written, and is {value} now; use the same, or start anew")
-        try:
-            for name, part in self.parts().items():
-                part.load_state_dict(state[name])
-            for optimizer in (self.opt_G, self.opt_D):     # load_state_dict looks at no shapes
-                for p, of_p in optimizer.state.items():
-                    if any(v.shape not in (p.shape, ()) for v in of_p.values()):
-                        raise ValueError("optimizer state of another shape")
-            self.random.set_state(state["random"])
-            self.step = int(state["step"])
-            checkpoint["log"] = list(checkpoint["log"])
-        except Exception as error:                         # a damaged file can raise anything
-            raise UserError(damaged(path, error))
-        return checkpoint
-
-
-class ProcessLost(Exception):
-    """One of several training processes is gone."""
-
-
-def average_gradients(gradients, processes):
-    """Replace the gradients of each process, means over its share of the batch, by their mean."""
-    flat = torch.cat([gradient.flatten() for gradient in gradients]) / processes
-    try:
-        dist.all_reduce(flat)                              # one message: small ones are slow
-    except RuntimeError as error:
-        raise ProcessLost from error
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients)])
-
-
-@contextlib.contextmanager
-def ctrl_c():
-    """Ctrl-C, or the SIGTERM of a batch system, asks for a stop after the step at hand: half a step
-    could not be resumed from."""
-    asked = []
-    before = {kind: signal.signal(kind, lambda *_: asked.append(True))
-              for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 @torch.no_grad()
@@ -658,8 +568,8 @@ def accumulate(G_ema, G, decay):
 def calibrate_batchnorm(G, z_dim, samples=4096, batch=256, seed=0):
     """Measure anew the statistics of every BatchNorm in G, over many z, and freeze them.
 
-    The running statistics that training leaves belong to other weights: the averaged ones of G_ema
-    never saw a batch.
+    The running statistics that training leaves belong to the weights of G: the averaged ones of
+    G_ema have never seen a batch.
     """
     norms = [m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
     if norms:
@@ -672,31 +582,6 @@ def calibrate_batchnorm(G, z_dim, samples=4096, batch=256, seed=0):
         for _ in range(samples // batch):
             G(torch.randn(batch, z_dim, generator=random).to(device))
     return G.eval()
-
-
-class Progress:
-    """One line that says step, losses, speed and time left: rewritten in a terminal, or, in a log
-    file, a line every ten seconds.  Reading a loss waits for the device, so it is done seldom."""
-
-    def __init__(self, first, last, label):
-        self.first, self.last, self.label = first, last, label
-        self.start = self.shown = time.monotonic()
-        self.terminal = sys.stdout.isatty()
-
-    def seconds_per_step(self, step):
-        return (time.monotonic() - self.start) / (step - self.first)
-
-    def show(self, step, losses):
-        now = time.monotonic()
-        if now - self.shown < (0.5 if self.terminal else 10) and step < self.last:
-            return
-        self.shown = now
-        per_step = self.seconds_per_step(step)
-        left = int(per_step * (self.last - step))
-        text = " ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
-        print(f"{self.label}: step {step}/{self.last}  {text}  {per_step * 1000:.0f} ms/step  "
-              f"{left // 60}:{left % 60:02d} left" + "\033[K" * self.terminal, flush=True,
-              end="\r" if self.terminal and step < self.last else "\n")
 
 
 def pretrain(images, model, settings, out, amp="off", resume=False, save_every=1000):
@@ -714,7 +599,7 @@ def pretrain(images, model, settings, out, amp="off", resume=False, save_every=1
     trainer, state, log = Trainer(model, settings, amp), out.with_name(out.name + ".train"), []
     origin = {"arch": model.arch, "resolution": model.resolution, "images": len(images)}
     if resume:
-        log = trainer.resume(state, **origin)["log"]
+        log = resume_training(trainer, state, **origin)
     model.G.train(), model.D.train()
     ruler = None
     if len(images) >= 20 and trainer.rank == 0:
@@ -727,13 +612,13 @@ def pretrain(images, model, settings, out, amp="off", resume=False, save_every=1
         if ruler:
             log[-1].update(ruler(generate(model, ruler.n, seed=1)))
             print("measured: " + "  ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
-        save_checkpoint(state, model, training=trainer.state(**origin), log=log)
+        save_checkpoint(state, model, training=training_state(trainer, **origin), log=log)
         write_table(out.with_suffix(".csv"), log)
         if log[-1] is min(log, key=lambda row: row.get("frechet", -row["step"])):
             save_checkpoint(out, model, settings=asdict(settings), **log[-1])
             image_grid(generate(model, 64), 8).save(out.with_suffix(".png"))
 
-    trainer.run(images, "pretrain", save, save_every)
+    run_training(trainer, images, "pretrain", save, save_every)
     return model
 
 
@@ -759,7 +644,9 @@ def fisher_diagonal(G, D, z):
         F_i = E_z[ (d log D(G(z)) / d theta_i)^2 ]
 
     G  generator, z [1, ...] -> images;  D  discriminator, images -> logits, so log D is logsigmoid.
-    z  [N, ...], the samples over which the mean is taken; N >= 1, else ValueError.
+    z  [N, ...], the samples over which the mean is taken.
+    Raises ValueError without a z, or if nothing in G can be trained.  Logits of any shape: several
+    of one image add up.  A G or D that takes or returns more than this needs a small wrapper.
     Returns {name: float32 tensor like the parameter} for each trainable parameter of G.
 
     The likelihood of a GAN has no closed form; log D(G(z)) stands in for it (the paper's importance
@@ -767,8 +654,8 @@ def fisher_diagonal(G, D, z):
     gradient of a batch is another, smaller thing.  Never in half precision, which rounds the square
     of a gradient of 1e-4 to zero.  Neither network is changed in any way.
     """
-    if len(z) == 0:
-        raise ValueError("fisher_diagonal needs at least one z")
+    if len(z) == 0 or not any(p.requires_grad for p in G.parameters()):
+        raise ValueError("fisher_diagonal needs at least one z, and a G with requires_grad")
     ### BEGIN SOLUTION (exercise 3)
     parameters = {name: p for name, p in G.named_parameters() if p.requires_grad}
     F = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
@@ -778,8 +665,8 @@ def fisher_diagonal(G, D, z):
             gradients = torch.autograd.grad(log_likelihood, list(parameters.values()),
                                             allow_unused=True, materialize_grads=True)
             for name, gradient in zip(F, gradients):
-                F[name] += gradient.float().square() / len(z)
-    return F
+                F[name] += gradient.float().square()
+    return {name: total / len(z) for name, total in F.items()}
     ### END SOLUTION
 
 
@@ -800,14 +687,15 @@ def fisher_diagonal_chunked(G, D, z, chunk=32):
     with evaluating(G, D), torch.autocast(z.device.type, enabled=False):
         for part in z.split(chunk):
             for name, gradients in gradients_of(theta, part).items():       # [chunk, *shape]
-                F[name] += gradients.float().square().sum(0) / len(z)
-    return F
+                F[name] += gradients.float().square().sum(0)
+    return {name: total / len(z) for name, total in F.items()}
     ### END SOLUTION
 
 
 # --------------------------------------------------------------------------------------------------
 # Adaptation to a few images (the paper's adaptation loss):
 #     L_adapt = L_adv + lambda * sum_i F_i (theta_i - theta_S,i)^2
+# With --method raw, F is the Fisher information as in the paper; by default it is scaled_fisher(F).
 # --------------------------------------------------------------------------------------------------
 class WeightedSquares(torch.autograd.Function):
     """sum F (theta - theta_S)^2 over lists of tensors, with its gradient 2 F (theta - theta_S)
@@ -815,7 +703,7 @@ class WeightedSquares(torch.autograd.Function):
     @staticmethod
     def forward(context, theta_S, F, *theta):
         ### BEGIN SOLUTION (exercise 4)
-        difference = torch._foreach_sub(theta, theta_S)
+        difference = [d.float() for d in torch._foreach_sub(theta, theta_S)]    # no fp16 squares
         pull = torch._foreach_mul(difference, F)
         context.save_for_backward(*pull)
         torch._foreach_mul_(difference, pull)                       # in place: now F difference^2
@@ -836,7 +724,8 @@ def ewc_penalty(G, theta_S, F):
     theta_S  {name: tensor}, *copies* of the parameters that G started from (the parameters
              themselves would move along, and the penalty would stay 0 for ever)
     F        {name: tensor}, of fisher_diagonal
-    No factor 1/2: the paper has none.  Multiply by lambda.
+    Parameters that F does not name are free.  No factor 1/2: the paper has none.  Multiply by
+    lambda.
     """
     ### BEGIN SOLUTION (exercise 4)
     theta = dict(G.named_parameters())
@@ -875,11 +764,15 @@ def scaled_fisher(F, most=0.99):
 
     The scale of F depends on how sure D is and on how G stores its weights; and a few biases, which
     set the palette of the source, can outweigh all the rest a thousandfold.  A new domain has a new
-    palette.  Capped and scaled, F gives lambda the same meaning for every source model.
+    palette.  Capped and scaled, F has mean 1, and lambda says how hard a weight of mean importance
+    is held, whatever the source model.
     """
     values = torch.cat([f.flatten() for f in F.values()])
     cap = values.kthvalue(math.ceil(most * len(values))).values
     mean = values.clamp(max=cap).mean()
+    if not mean > 0:
+        raise UserError("the Fisher information is 0 nearly everywhere: D is sure of each image, or "
+                        "most of G is idle; use another source, or --method raw")
     return {name: f.clamp(max=cap) / mean for name, f in F.items()}
 
 
@@ -922,9 +815,10 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, save_ever
         model.D.lower().requires_grad_(False)
     trainer, log = Trainer(model, settings, amp), []
 
-    origin = {"images": len(images), "sum of F": float(sum(f.sum() for f in F.values()))}
+    origin = {"images": len(images),
+              "source": sum(t.detach().double().sum().item() for t in theta_S.values())}
     if resume:
-        log = trainer.resume(out, **origin)["log"]
+        log = resume_training(trainer, out, **origin)
 
     def look(losses, images_per_s):
         row = {name: float(value) for name, value in losses.items()}
@@ -937,9 +831,9 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, save_ever
 
     def save():
         if out:
-            save_checkpoint(out, model, training=trainer.state(**origin), log=log)
+            save_checkpoint(out, model, training=training_state(trainer, **origin), log=log)
 
-    trainer.run(images, settings.method, save, save_every, pull, look)
+    run_training(trainer, images, settings.method, save, save_every, pull, look)
     return Adaptation(model, theta_S, F, log)
 
 
@@ -1069,6 +963,135 @@ def inception_features(device):
 
 
 # --------------------------------------------------------------------------------------------------
+# Running a training: progress, Ctrl-C, what a resumed run needs, several processes.  Nothing from
+# here on belongs to the method
+# --------------------------------------------------------------------------------------------------
+def run_training(trainer, images, label, save, save_every, pull=None, look=None):
+    """Train to the last step.  save() is called now and then, at the end, and upon Ctrl-C;
+    look(losses, images per second) at every tenth step."""
+    steps, writes = trainer.settings.steps, trainer.rank == 0
+    if images.nbytes < 2**32:                            # once, not a batch at a time
+        images = images.to(trainer.device)
+    progress = Progress(trainer.step, steps, label)
+    with ctrl_c() as asked_to_stop:
+        while trainer.step < steps and not asked_to_stop:
+            losses = trainer.train_step(images, pull)
+            progress.show(trainer.step, losses)
+            if trainer.device.type == "cpu" or trainer.step % 10 == 0:    # elsewhere it is a wait
+                check_finite(losses, trainer.step)
+            last = trainer.step == steps or asked_to_stop
+            if look and (last or trainer.step % 10 == 0):
+                look(losses, trainer.settings.batch_size / progress.seconds_per_step(trainer.step))
+            if last or trainer.step % save_every == 0:
+                for net in (trainer.model.G, trainer.model.D):
+                    check_finite(dict(net.named_parameters()), trainer.step)
+                if writes:
+                    save()
+    if asked_to_stop:
+        raise KeyboardInterrupt
+
+
+def check_finite(values, step):
+    """Stop before a good checkpoint is overwritten by one whose weights are lost."""
+    for name, value in values.items():
+        if not value.isfinite().all():
+            raise UserError(f"{name} not finite at step {step}: the training diverged; "
+                            "try a lower --lr (the last good checkpoint is kept)")
+
+
+def training_parts(trainer):
+    model = trainer.model
+    return {"G": model.G, "D": model.D, "G_ema": model.G_ema, "opt_G": trainer.opt_G,
+            "opt_D": trainer.opt_D, "scaler": trainer.scaler}
+
+
+def training_state(trainer, **origin):
+    """All that the next step depends on; origin: what a resumed run must have in common."""
+    origin = {**asdict(trainer.settings), "amp": trainer.amp, **origin}
+    del origin["steps"]
+    return {"step": trainer.step, "random": trainer.random.get_state(), "origin": origin,
+            **{name: part.state_dict() for name, part in training_parts(trainer).items()}}
+
+
+def resume_training(trainer, path, **origin):
+    """Put a trainer into the state that a checkpoint holds; returns the log in it."""
+    checkpoint = read_checkpoint(path)
+    if "training" not in checkpoint:
+        raise UserError(f"{path}: holds a finished model, not a training that can be resumed")
+    try:
+        state, log = checkpoint["training"], list(checkpoint["log"])
+        before = state["origin"]
+        for name, now in training_state(trainer, **origin)["origin"].items():
+            if before.get(name) != now:
+                raise UserError(f"--resume: {name} was {before.get(name)} when {path} was written, "
+                                f"and is {now} now; use the same, or start anew")
+        for name, part in training_parts(trainer).items():
+            part.load_state_dict(state[name])
+        for optimizer in (trainer.opt_G, trainer.opt_D):   # load_state_dict looks at no shapes
+            for p, of_p in optimizer.state.items():
+                if any(v.shape not in (p.shape, ()) for v in of_p.values()):
+                    raise ValueError("optimizer state of another shape")
+        trainer.random.set_state(state["random"])
+        trainer.step = int(state["step"])
+    except UserError:
+        raise
+    except Exception as error:                             # a damaged file can raise anything
+        raise UserError(damaged(path, error))
+    return log
+
+
+class Progress:
+    """One line that says step, losses, speed and time left: rewritten in a terminal, or, in a log
+    file, a line every ten seconds.  Reading a loss waits for the device, so it is done seldom."""
+
+    def __init__(self, first, last, label):
+        self.first, self.last, self.label = first, last, label
+        self.start = self.shown = time.monotonic()
+        self.terminal = sys.stdout.isatty()
+
+    def seconds_per_step(self, step):
+        return (time.monotonic() - self.start) / (step - self.first)
+
+    def show(self, step, losses):
+        now = time.monotonic()
+        if now - self.shown < (0.5 if self.terminal else 10) and step < self.last:
+            return
+        self.shown = now
+        per_step = self.seconds_per_step(step)
+        left = int(per_step * (self.last - step))
+        text = " ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
+        print(f"{self.label}: step {step}/{self.last}  {text}  {per_step * 1000:.0f} ms/step  "
+              f"{left // 60}:{left % 60:02d} left" + "\033[K" * self.terminal, flush=True,
+              end="\r" if self.terminal and step < self.last else "\n")
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """Ctrl-C, or the SIGTERM of a batch system, asks for a stop after the step at hand: half a step
+    could not be resumed from."""
+    asked = []
+    before = {kind: signal.signal(kind, lambda *_: asked.append(True))
+              for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def average_gradients(gradients, processes):
+    """Replace the gradients of each process, means over its share of the batch, by their mean."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / processes
+    try:
+        dist.all_reduce(flat)                              # one message: small ones are slow
+    except RuntimeError as error:                          # half a step: it cannot be saved
+        raise UserError(f"another process was lost ({error}); start all of them again, with "
+                        "--resume, which goes on from the last save")
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients)])
+
+
+# --------------------------------------------------------------------------------------------------
 # Using a model, and keeping it in a file that holds nothing but tensors, numbers and strings
 # --------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -1163,6 +1186,7 @@ def load_checkpoint(path, device="cpu"):
         model.G_ema.load_state_dict(c["G_ema"])
         model.G.load_state_dict(c["G_ema"])
         model.D.load_state_dict(c["D"])
+        model.G.eval(), model.D.eval()
     except Exception as error:
         raise UserError(damaged(path, error))
     return model
@@ -1469,12 +1493,16 @@ def parse_arguments(argv):
     p = build_parser()
     args = p.parse_args(argv)
     given = {a.dest for a in p._actions if getattr(args, a.dest, a.default) != a.default}
+    if args.lam and not set(args.method) & LAM.keys():
+        raise UserError(f"--lam does not go with --method {' '.join(args.method)}; leave one out")
     if args.generate or args.checkpoint:
         if not (args.generate and args.checkpoint and args.out):
             raise UserError("--generate N, --checkpoint FILE and --out DIR go together; see --help")
         unfit = given - {"generate", "checkpoint", "out", "seed", "device"}
         if unfit:
             raise UserError(f"--{min(unfit).replace('_', '-')} does not go with --generate")
+        if len(args.seed) > 1:
+            raise UserError("--seed: --generate takes one")
     elif not args.target:
         raise UserError("say what to adapt to: --target DIR, such as --target data/10shot; "
                         "see --help")

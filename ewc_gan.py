@@ -427,8 +427,8 @@ def build_model(arch, resolution, device="cpu", z_dim=None, g_channels=None, d_c
 
 # --------------------------------------------------------------------------------------------------
 # Losses: the L_adv of the paper's adaptation loss.  Its form there is not known to us; here it is
-# the non-saturating logistic loss (Goodfellow et al. 2014) with R1 (Mescheder et al. 2018).  D gives
-# logits: its probability that x is real is sigmoid(D(x)), and log sigmoid(a) = -softplus(-a).
+# the non-saturating logistic loss (Goodfellow et al. 2014) with R1 (Mescheder et al. 2018).  D
+# gives logits: its probability that x is real is sigmoid(D(x)); log sigmoid(a) = -softplus(-a).
 # --------------------------------------------------------------------------------------------------
 def d_logistic_loss(real_logits, fake_logits):
     """L_D = -E[log D(x)] - E[log(1 - D(G(z)))].  Logits [N] and [M] -> scalar."""
@@ -771,8 +771,8 @@ def scaled_fisher(F, most=0.99):
     cap = values.kthvalue(math.ceil(most * len(values))).values
     mean = values.clamp(max=cap).mean()
     if not mean > 0:
-        raise UserError("the Fisher information is 0 nearly everywhere: D is sure of each image, or "
-                        "most of G is idle; use another source, or --method raw")
+        raise UserError("the Fisher information is 0 nearly everywhere: D is sure of each image, "
+                        "or most of G is idle; use another source, or --method raw")
     return {name: f.clamp(max=cap) / mean for name, f in F.items()}
 
 

@@ -69,7 +69,7 @@ class UserError(Exception):
 @dataclass
 class Settings:
     """Hyperparameters of one training; the defaults adapt a DCGAN to ten images."""
-    steps: int = 1200            # long enough to take on the look; later on, the shots are copied
+    steps: int = 2400            # the look is there after 400; outlines and eyes take longer
     batch_size: int = 4          # ten shots hold little more than four images do
     lr: float = 1e-3             # of Adam, for G
     d_lr_ratio: float = 0.1      # D's learning rate over G's: slow, or D knows the shots by heart
@@ -792,7 +792,7 @@ def pull_of(method, lam, theta_S, F):
 
 
 def adapt(source, images, settings, out=None, amp="off", resume=False, save_every=200, F=None,
-          measure=None, measure_every=200):
+          measure=None, measure_every=400):
     """Adapt a source model to a few images with EWC, or with a baseline (settings.method).
 
     source   Model, not changed.  theta_S is its G_ema: Fisher information, penalty and training all

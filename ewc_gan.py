@@ -33,10 +33,12 @@ import hashlib
 import json
 import math
 import os
+import pickletools
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -120,15 +122,16 @@ def read_image(path, resolution):
             image = ImageOps.exif_transpose(file)        # phones store "turn me" beside the pixels
             if image.mode.startswith("I"):               # 16 bits: convert() would clip, not scale
                 values = np.asarray(image)
-                values = values // (257 if values.max() > 255 else 1)
-                image = Image.fromarray(values.astype("uint8"))
+                if values.min() < 0 or values.max() > 65535:
+                    raise ValueError("integers of more than 16 bits")
+                image = Image.fromarray((values // 257).astype("uint8"))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no agreed range")
             image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:                           # damaged files raise anything in Pillow
         raise UserError(f"{path}: not an image that can be read ({error}); mend or remove it")
     if min(image.size) < 8:
         raise UserError(f"{path}: {image.width}x{image.height} pixels; at least 8x8 are needed")
@@ -144,9 +147,10 @@ def read_folder(folder, resolution, scratch=None):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    paths = sorted(path for path in folder.rglob("*")
-                   if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-                   and not any(part[0] == "." for part in path.relative_to(folder).parts))
+    paths = sorted((path for path in folder.rglob("*")
+                    if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+                    and not any(part[0] == "." for part in path.relative_to(folder).parts)),
+                   key=lambda path: path.as_posix())         # alike on every system
     if not paths:
         raise UserError(f"{folder}: no images in it or below it "
                         f"({' '.join(sorted(IMAGE_SUFFIXES))})")
@@ -184,9 +188,9 @@ def load_images(folder, resolution):
 
 
 # --------------------------------------------------------------------------------------------------
-# Networks: the paper's two, made small: the five-layer DCGAN of its analysis of weight changes, and
-# the StyleGAN of its main experiments, each about a million weights at 64x64.  In both, once a
-# source is loaded, G(z) depends on its z alone, and in eval mode D(x) on its x alone: the Fisher
+# Networks: the paper's two, made small: the DCGAN of its analysis of weight changes and the
+# StyleGAN of its main experiments, each about a million weights at 64x64.  In both, once a source
+# is loaded, G(z) depends on its z alone, and in eval mode D(x) on its x alone: the Fisher
 # information is a mean over single samples, and must not change with what else is in the batch.
 # --------------------------------------------------------------------------------------------------
 RESOLUTIONS = (32, 64, 128, 256)
@@ -724,8 +728,7 @@ def ewc_penalty(G, theta_S, F):
     theta_S  {name: tensor}, *copies* of the parameters that G started from (the parameters
              themselves would move along, and the penalty would stay 0 for ever)
     F        {name: tensor}, of fisher_diagonal
-    Parameters that F does not name are free.  No factor 1/2: the paper has none.  Multiply by
-    lambda.
+    Parameters that F does not name are free.  There is no factor 1/2.  Multiply by lambda.
     """
     ### BEGIN SOLUTION (exercise 4)
     theta = dict(G.named_parameters())
@@ -767,13 +770,13 @@ def scaled_fisher(F, most=0.99):
     palette.  Capped and scaled, F has mean 1, and lambda says how hard a weight of mean importance
     is held, whatever the source model.
     """
-    values = torch.cat([f.flatten() for f in F.values()])
+    values = torch.cat([f.flatten().cpu() for f in F.values()])     # MPS has no kthvalue
     cap = values.kthvalue(math.ceil(most * len(values))).values
     mean = values.clamp(max=cap).mean()
     if not mean > 0:
         raise UserError("the Fisher information is 0 nearly everywhere: D is sure of each image, "
                         "or most of G is idle; use another source, or --method raw")
-    return {name: f.clamp(max=cap) / mean for name, f in F.items()}
+    return {name: f.clamp(max=float(cap)) / float(mean) for name, f in F.items()}
 
 
 def pull_of(method, lam, theta_S, F):
@@ -815,8 +818,8 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, save_ever
         model.D.lower().requires_grad_(False)
     trainer, log = Trainer(model, settings, amp), []
 
-    origin = {"images": len(images),
-              "source": sum(t.detach().double().sum().item() for t in theta_S.values())}
+    origin = {"images": fingerprint([images]),
+              "source": fingerprint([*theta_S.values(), *source.D.state_dict().values()])}
     if resume:
         log = resume_training(trainer, out, **origin)
 
@@ -839,7 +842,8 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, save_ever
 
 # --------------------------------------------------------------------------------------------------
 # Measuring: do samples look like the target (fit), and unlike each other and the shots (variety)?
-# Always read the two together: the model that was not adapted has the most variety of all.
+# The paper reports FID and LPIPS; here, with nothing to download, the same kind of distances in the
+# features of a shipped D.  Read the two together: the source itself has the most variety of all.
 # --------------------------------------------------------------------------------------------------
 def frechet_distance(a, b):
     """Frechet distance of two Gaussians fitted to features a [N, C] and b [M, C] -> float.
@@ -995,8 +999,16 @@ def check_finite(values, step):
     """Stop before a good checkpoint is overwritten by one whose weights are lost."""
     for name, value in values.items():
         if not value.isfinite().all():
-            raise UserError(f"{name} not finite at step {step}: the training diverged; "
-                            "try a lower --lr (the last good checkpoint is kept)")
+            raise UserError(f"{name} not finite at step {step}: the training diverged; start anew "
+                            "with a lower --lr or --lam (the last good checkpoint is kept)")
+
+
+def fingerprint(tensors):
+    """A short text that other tensors do not have."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 def training_parts(trainer):
@@ -1022,17 +1034,27 @@ def resume_training(trainer, path, **origin):
         state, log = checkpoint["training"], list(checkpoint["log"])
         before = state["origin"]
         for name, now in training_state(trainer, **origin)["origin"].items():
-            if before.get(name) != now:
-                raise UserError(f"--resume: {name} was {before.get(name)} when {path} was written, "
-                                f"and is {now} now; use the same, or start anew")
+            was = before.get(name)
+            if was != now:
+                was = was if isinstance(was, (int, float, str)) else "something else"
+                raise UserError(f"--resume: {name} was {was} when {path} was written, and is {now} "
+                                "now; use the same, or start anew")
+        own = [{key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+               for optimizer in (trainer.opt_G, trainer.opt_D)]
         for name, part in training_parts(trainer).items():
             part.load_state_dict(state[name])
-        for optimizer in (trainer.opt_G, trainer.opt_D):   # load_state_dict looks at no shapes
-            for p, of_p in optimizer.state.items():
-                if any(v.shape not in (p.shape, ()) for v in of_p.values()):
+        for optimizer, options in zip((trainer.opt_G, trainer.opt_D), own):
+            optimizer.param_groups[0].update(options)      # load_state_dict takes any, of any shape
+            for p in optimizer.param_groups[0]["params"]:
+                step, *means = (optimizer.state[p][k] for k in ("step", "exp_avg", "exp_avg_sq"))
+                if step.shape != () or any(mean.shape != p.shape for mean in means):
                     raise ValueError("optimizer state of another shape")
+                check_finite({"optimizer state": mean for mean in means}, state["step"])
         trainer.random.set_state(state["random"])
         trainer.step = int(state["step"])
+        if trainer.step > trainer.settings.steps:
+            raise UserError(f"--steps {trainer.settings.steps}: {path} is at step {trainer.step} "
+                            "already; give more")
     except UserError:
         raise
     except Exception as error:                             # a damaged file can raise anything
@@ -1047,10 +1069,10 @@ class Progress:
     def __init__(self, first, last, label):
         self.first, self.last, self.label = first, last, label
         self.start = self.shown = time.monotonic()
-        self.terminal = sys.stdout.isatty()
+        self.terminal = sys.stdout is not None and sys.stdout.isatty()
 
     def seconds_per_step(self, step):
-        return (time.monotonic() - self.start) / (step - self.first)
+        return max(time.monotonic() - self.start, 1e-6) / (step - self.first)
 
     def show(self, step, losses):
         now = time.monotonic()
@@ -1069,9 +1091,9 @@ class Progress:
 def ctrl_c():
     """Ctrl-C, or the SIGTERM of a batch system, asks for a stop after the step at hand: half a step
     could not be resumed from."""
-    asked = []
+    asked, main = [], threading.current_thread() is threading.main_thread()
     before = {kind: signal.signal(kind, lambda *_: asked.append(True))
-              for kind in (signal.SIGINT, signal.SIGTERM)}
+              for kind in (signal.SIGINT, signal.SIGTERM) if main}      # others may not set them
     try:
         yield asked
     finally:
@@ -1095,15 +1117,22 @@ def average_gradients(gradients, processes):
 # Using a model, and keeping it in a file that holds nothing but tensors, numbers and strings
 # --------------------------------------------------------------------------------------------------
 @torch.no_grad()
+def generate_batches(model, n, seed=0):
+    """generate(), up to 100 images at a time."""
+    device = next(model.G_ema.parameters()).device
+    random = torch.Generator().manual_seed(seed)
+    for first in range(0, n, 100):
+        z = torch.cat([torch.randn(1, model.z_dim, generator=random)
+                       for _ in range(min(100, n - first))])
+        yield model.G_ema(z.to(device)).clamp(-1, 1).float().cpu()
+
+
 def generate(model, n, seed=0):
     """n images of G_ema as float [n, 3, R, R] in [-1, 1], on the CPU.
 
     Image i of a seed comes from the same z whatever n, in a source and in its adaptations.
     """
-    device = next(model.G_ema.parameters()).device
-    random = torch.Generator().manual_seed(seed)
-    z = torch.cat([torch.randn(1, model.z_dim, generator=random) for _ in range(n)])
-    return torch.cat([model.G_ema(b.to(device)).clamp(-1, 1).float().cpu() for b in z.split(100)])
+    return torch.cat(list(generate_batches(model, n, seed)))
 
 
 FORMAT = "ewc-gan 1"
@@ -1130,6 +1159,10 @@ def save_checkpoint(path, model, **extra):
         raise UserError(f"{path}: cannot be written ({error})")
 
 
+PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2",
+         *(f"torch {kind}Storage" for kind in ("Float", "Long", "Byte", "Int", "Double", "Half"))}
+
+
 def damaged(path, error):
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return f"{path}: not a checkpoint of this program, or damaged ({reason}); use another file"
@@ -1139,7 +1172,8 @@ def read_checkpoint(path):
     """The dict in a checkpoint file.  UserError where it is missing, damaged, or holds code.
 
     A checkpoint may come from a stranger.  weights_only refuses to run code; the file must be a
-    plain archive, of no more than it takes on disk, so that reading it cannot fill the memory.
+    plain archive, of no more than it takes on disk, that names nothing but tensors and their like,
+    so that reading it cannot fill the memory.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; give a file that one of the programs wrote")
@@ -1147,6 +1181,10 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             if sum(record.file_size for record in archive.infolist()) > Path(path).stat().st_size:
                 raise ValueError("it unpacks to more than it holds")
+            pickled, = (n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl")
+            for operation, name, _ in pickletools.genops(archive.read(pickled)):
+                if "GLOBAL" in operation.name and name not in PLAIN:
+                    raise ValueError(f"it names {name}, which is not plain data")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                      # the error says it all
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1164,9 +1202,11 @@ def load_checkpoint(path, device="cpu"):
     """
     c = read_checkpoint(path)
     try:
+        sizes = c["z_dim"], c["g_channels"], c["d_channels"]
+        if not all(type(n) is int for n in (c["resolution"], sizes[0], *sizes[1], *sizes[2])):
+            raise ValueError("a size that is no whole number")
         if c["resolution"] not in RESOLUTIONS:
             raise ValueError(f"resolution {c['resolution']}, not one of {RESOLUTIONS}")
-        sizes = c["z_dim"], c["g_channels"], c["d_channels"]
         for channels, usual in zip(sizes[1:], widths(c["arch"], c["resolution"])):
             if len(channels) != len(usual):
                 raise ValueError(f"{len(channels)} stages, where the resolution takes {len(usual)}")
@@ -1174,8 +1214,9 @@ def load_checkpoint(path, device="cpu"):
             skeleton = build_model(c["arch"], c["resolution"], "meta", *sizes)
         tensors = []
         for name in ("G_ema", "D"):
-            expected = {key: t.shape for key, t in getattr(skeleton, name).state_dict().items()}
-            if {key: t.shape for key, t in c[name].items()} != expected:
+            nets = getattr(skeleton, name).state_dict(), c[name]
+            of_net, of_file = ({key: (t.shape, t.dtype) for key, t in net.items()} for net in nets)
+            if of_file != of_net:
                 raise ValueError(f"the tensors of {name} are not those of its sizes")
             tensors += c[name].values()
         if sum(tensor.nbytes for tensor in tensors) > Path(path).stat().st_size:
@@ -1187,6 +1228,8 @@ def load_checkpoint(path, device="cpu"):
         model.G.load_state_dict(c["G_ema"])
         model.D.load_state_dict(c["D"])
         model.G.eval(), model.D.eval()
+        if not generate(model, 1).isfinite().all():
+            raise ValueError("weights that make no images")
     except Exception as error:
         raise UserError(damaged(path, error))
     return model
@@ -1396,6 +1439,8 @@ def choose_device(name, amp):
         else:                                     # a CPU without bf16 arithmetic is slower with it
             can = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
             amp = "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "off"
+    if name == "cuda":
+        torch.backends.cudnn.allow_tf32 = False   # what is left to float32 is to be float32
     if amp == "fp16" and name != "cuda":
         raise UserError("--amp fp16 needs a CUDA device; use bf16 or off")
     return name, amp
@@ -1430,11 +1475,11 @@ def add_shared_options(parser, table):
     """The options of both programs."""
     training = parser.add_argument_group("training")
     for option, metavar, kind, text in [
-            ("--steps", "N", number(int, 1), "training steps"),
-            ("--batch-size", "N", number(int, 1), "images a step"),
+            ("--steps", "N", number(int, 1, 10**9), "training steps"),
+            ("--batch-size", "N", number(int, 1, 10**5), "images a step"),
             ("--lr", "X", number(float, 1e-9, 1), "Adam's learning rate for G"),
             ("--d-lr-ratio", "X", number(float, 0, 100), "D's learning rate over G's"),
-            ("--r1-gamma", "X", number(float, 0), "weight of the R1 penalty on D"),
+            ("--r1-gamma", "X", number(float, 0, 1e6), "weight of the R1 penalty on D"),
             ("--shift", "X", number(float, 0, 0.5), "D sees images moved by up to this part of "
              "their size, or it learns few shots by heart")]:
         default = defaults(table, option[2:].replace("-", "_"))
@@ -1468,10 +1513,10 @@ def build_parser():
     ewc.add_argument("--method", nargs="+", choices=list(METHODS), default=["ewc"], metavar="NAME",
                      help="; ".join(f"{name}: {text}" for name, text in METHODS.items())
                      + " (default: ewc)")
-    ewc.add_argument("--lam", nargs="+", type=number(float, 0), metavar="L",
+    ewc.add_argument("--lam", nargs="+", type=number(float, 0, 1e12), metavar="L",
                      help="lambda, the strength of EWC; several: a sweep; 0: plain fine-tuning "
                      f"(default: {LAM['ewc']:g}; for raw {LAM['raw']:g})")
-    ewc.add_argument("--fisher-samples", type=number(int, 1), metavar="N",
+    ewc.add_argument("--fisher-samples", type=number(int, 1, 10**7), metavar="N",
                      help="samples of the Fisher information "
                      f"(default: {defaults(ADAPT, 'fisher_samples')})")
     ewc.add_argument("--seed", nargs="+", type=number(int, 0, 2**63 - 1), default=[0], metavar="S",
@@ -1484,7 +1529,7 @@ def build_parser():
     add_shared_options(p, ADAPT)
     sample = p.add_argument_group("images from an adapted model")
     sample.add_argument("--checkpoint", type=Path, metavar="FILE", help="the model")
-    sample.add_argument("--generate", type=number(int, 1), metavar="N",
+    sample.add_argument("--generate", type=number(int, 1, 10**7), metavar="N",
                         help="write N images as separate PNG files into --out, then stop")
     return p
 
@@ -1521,8 +1566,10 @@ def make_folder(path):
 def run_generate(args, device):
     model = load_checkpoint(args.checkpoint, device)
     make_folder(args.out)
-    for i, image in enumerate(generate(model, args.generate, args.seed[0])):
-        image_grid(image[None], 1, gap=0).save(args.out / f"{i:05d}.png")
+    images = (image for batch in generate_batches(model, args.generate, args.seed[0])
+              for image in batch)
+    for i, image in enumerate(images):
+        image_grid(image[None], 1, gap=0).save(args.out / f"seed{args.seed[0]}_{i:05d}.png")
     print(f"{args.generate} images in {args.out}")
 
 
@@ -1532,12 +1579,19 @@ def planned_runs(args, settings, out):
     runs = {}
     for method in args.method:
         for lam in (args.lam or [LAM[method]]) if method in LAM else [0.0]:
-            name = f"{method}_{lam:g}" if lam else "freezed" if method == "freezed" else "finetune"
+            free = "freezed" if method == "freezed" else "finetune"
+            name = f"{method}_{lam:.15g}" if lam else free
             for seed in args.seed:
                 run = replace(settings, method=name.partition("_")[0], lam=lam, seed=seed)
                 runs[f"{name}_seed{seed}" if len(args.seed) > 1 else name] = name, run
     return [(name, run, out / folder if len(runs) > 1 else out)
             for folder, (name, run) in runs.items()]
+
+
+def refuse_inside(out, folder):
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {out}: lies in {folder}, where its pictures would become images to "
+                        "train on; name another")
 
 
 def make_ruler(args, source, shots, device):
@@ -1561,9 +1615,9 @@ def run_adapt(args, device, amp):
         raise UserError(f"--shots {args.shots}: {args.target} holds {len(shots)} images")
     shots = shots[:args.shots]
     out = args.out or Path("out") / args.target.resolve().name
-    if out.resolve().is_relative_to(args.target.resolve()):
-        raise UserError(f"--out {out}: in the target folder its pictures would become shots")
     runs = planned_runs(args, settings, out)
+    for folder in (out, *(folder for *_, folder in runs)):
+        refuse_inside(folder, args.target)
     begun = [folder for *_, folder in runs if args.resume and (folder / "adapted.pt").exists()]
     if args.resume and not begun:
         raise UserError(f"--resume: there is no adapted.pt in {runs[0][-1]}")
@@ -1624,6 +1678,9 @@ def execute(runs, out, source, shots, ruler, config, begun, amp):
 
 def exit_cleanly(program, run):
     """Run a program: what the user can mend is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):       # a name may not fit the console's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         run()
     except (UserError, OSError) as error:

@@ -109,6 +109,8 @@ def pretrain(args, device, amp):
     out = args.out or Path("out") / f"source_{model.arch}.pt"
     if out.suffix != ".pt":
         raise ewc_gan.UserError(f"--out {out}: the name of a checkpoint ends in .pt")
+    if args.data:
+        ewc_gan.refuse_inside(out, args.data)
     if args.resume:
         ewc_gan.read_checkpoint(out.with_name(out.name + ".train"))
     print("  ".join(f"{key}={value}" for key, value in asdict(settings).items()), flush=True)
@@ -180,7 +182,9 @@ def peak_memory(device):
     """MiB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource                                                      # Unix alone has it
+    if sys.platform == "win32":                              # has no such count
+        return float("nan")
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10)
 

@@ -213,6 +213,22 @@ def test_exercise_3_fisher_memory_does_not_grow_with_samples():
     assert 0 < peak(12) <= peak(2), "graphs of earlier samples are kept: take gradients one by one"
 
 
+def test_fisher_of_weights_without_effect_is_0_and_logits_of_an_image_add_up():
+    class Half(nn.Linear):
+        def forward(self, z):
+            return z @ self.weight.T                                # the bias has no part in it
+
+    torch.manual_seed(0)
+    G, patches, z = Half(3, 4), nn.Linear(4, 2, bias=False), torch.randn(5, 3)
+    F = fisher_diagonal(G, patches, z)
+    assert (F["bias"] == 0).all()
+    expected = torch.zeros(4, 3)
+    for z_i in z:                                                   # log D: the sum of both logits'
+        s = torch.sigmoid(-(patches(G(z_i))))
+        expected += torch.outer(s @ patches.weight, z_i).detach().square() / 5
+    torch.testing.assert_close(F["weight"], expected)
+
+
 def test_fisher_of_nothing_is_an_error():
     model = small_model("dcgan")
     with pytest.raises(ValueError, match="at least one"):
@@ -323,6 +339,31 @@ def test_resolutions_and_sizes(arch, resolution):
     assert image.shape == (1, 3, resolution, resolution) and model.D(image).shape == (1,)
     for net in (model.G, model.D):
         assert 0.6e6 < sum(p.numel() for p in net.parameters()) < 1.2e6
+
+
+def test_what_the_networks_are_indifferent_to():
+    """StyleGAN's mapping sees the direction of z alone; the ruler, no scale of D's features."""
+    model = small_model("stylegan")
+    z = torch.randn(3, 8)
+    torch.testing.assert_close(model.G_ema(2 * z), model.G_ema(z), rtol=1e-4, atol=1e-5)
+    assert (model.G_ema(2 * z) - model.G_ema(z + 1)).abs().max() > 1e-3
+    D, images = model.D.eval(), torch.randn(4, 3, 32, 32)
+    before = D(images)
+    D.minibatch_std.running_std += 1
+    assert (D(images) - before).abs().min() > 1e-4, "in eval mode the running mean stands in"
+    features = ewc_gan.discriminator_features("cpu")(images)
+    for block in (features[:, :128], features[:, 128:]):        # of channels of length 1 everywhere
+        assert 0 < block.square().sum(1).max() <= 1.0001
+
+
+def test_mixed_precision_is_used_where_it_is_asked_for(monkeypatch):
+    seen, relu = set(), nn.functional.leaky_relu
+    monkeypatch.setattr(nn.functional, "leaky_relu", lambda x, a: seen.add(x.dtype) or relu(x, a))
+    adapt(small_model("stylegan"), shots32(), replace(TOY, steps=1, r1_every=9), amp="bf16")
+    assert torch.bfloat16 in seen
+    seen.clear()
+    adapt(small_model("stylegan"), shots32(), replace(TOY, steps=1), amp="off")
+    assert seen == {torch.float32}
 
 
 def test_modulation_of_activations_equals_modulation_of_weights():
@@ -555,6 +596,10 @@ def test_two_plus_two_steps_equal_four_bit_for_bit(arch, tmp_path):
     for changed in (replace(TOY, lam=1.0), replace(TOY, seed=1)):
         with pytest.raises(ewc_gan.UserError, match="--resume"):
             adapt(source, images, changed, path, resume=True)
+    with pytest.raises(ewc_gan.UserError, match="images was"):
+        adapt(source, images.flip(0), TOY, path, resume=True)
+    with pytest.raises(ewc_gan.UserError, match="--steps 1.*at step 4 already"):
+        adapt(source, images, replace(TOY, steps=1), path, resume=True)
     with pytest.raises(ewc_gan.UserError, match="source was"):
         adapt(small_model(arch, 1), images, TOY, path, resume=True)
     for name in ("G", "D", "G_ema"):
@@ -854,6 +899,9 @@ def bad_world(tmp_path_factory):
     weights = good["G_ema"]
     name = "conv8.weight"
     huge = torch.zeros(1, 1, 1, 1).expand(10**6, 12, 4, 4)
+    tower = []
+    for _ in range(60):                                     # to print it would take for ever
+        tower = [tower, tower]
     for label, change in {
             "old": {"format": "ewc-gan 0"}, "headless": {"arch": None},
             "pixels": {"resolution": 48}, "stages": {"g_channels": [8] * 9999},
@@ -862,7 +910,10 @@ def bad_world(tmp_path_factory):
             "misshapen": {"G_ema": {**weights, name: weights[name][:-1]}},
             "nan": {"G_ema": {**weights, name: weights[name] * math.nan}},
             "no_D": {"D": None}, "family": {"arch": "stylegan"},
-            "giant": {"z_dim": 10**12}, "minus": {"z_dim": -1},
+            "giant": {"z_dim": 10**12}, "minus": {"z_dim": -1}, "float": {"resolution": 32.0},
+            "double": {"G_ema": {**weights, name: weights[name].double() * 1e300}},
+            "variance": {"G_ema": {**weights, "norm4.running_var": -torch.ones(12)}},
+            "bytes": {"note": bytearray(3)}, "tower": {"resolution": tower},
             "stretched": {"z_dim": 10**6, "G_ema": {**weights, "conv4.weight": huge}}}.items():
         torch.save({**good, **change}, world / f"{label}.pt")
     torch.save({"weights": torch.zeros(3)}, world / "foreign.pt")
@@ -881,6 +932,8 @@ def bad_world(tmp_path_factory):
             new.writestr(record, old.read(record))
         new.writestr("archive/data/999", bytes(10**7))
 
+    (world / "run" / "ewc_1").mkdir(parents=True)
+    (world / "run" / "ewc_1" / "a.png").write_bytes(picture)
     adapt(model, shots32(2), TOY, world / "run" / "adapted.pt")
     run = torch.load(world / "run" / "adapted.pt", weights_only=True)
     run["training"]["opt_G"]["state"][0]["exp_avg"] = torch.zeros(3)
@@ -911,16 +964,18 @@ BAD_INPUT = [                                       # program, arguments, what t
         ("--generate", "3"), ("--checkpoint", "good.pt")]),
     (ewc_gan, [*TARGET, "--method", "finetune", "--lam", "5"], "--lam"),
     (ewc_gan, [], "--target"), (ewc_gan, [*TARGET, "--amp", "fp16", "--device", "cpu"], "--amp"),
-    (ewc_gan, [*TARGET, "--out", "two/out"], "target folder"),
+    (ewc_gan, [*TARGET, "--out", "two/out"], "lies in two"),
     (ewc_gan, [*TARGET, "--resume"], "adapted.pt"),
     (ewc_gan, [*TARGET, "--reference", "text"], "x.png"),
     (ewc_gan, [*TARGET, "--reference", "nowhere"], "nowhere"),
     (ewc_gan, [*GOOD, "--out", "file"], "--out"), (ewc_gan, [*GOOD, "--out", "file/out"], "--out"),
     (ewc_gan, [*GOOD, "--out", "run", "--resume", "--seed", "5"], "--resume"),
+    (ewc_gan, [*TARGET, "--batch-size", "10000000000000000000"], "--batch-size"),
+    (ewc_gan, ["--target", "run/ewc_1", "--out", "run", "--lam", "1", "2"], "run/ewc_1"),
     *((ewc_gan, [*TARGET, "--source", f"{name}.pt"], f"{name}.pt") for name in [
         "nowhere", "folder", "cut", "zero", "text", "code", "code2", "foreign", "legacy", "zipbomb",
         "old", "headless", "pixels", "missing", "extra", "misshapen", "nan", "no_D", "family",
-        "stages", "giant", "minus", "stretched"]),
+        "stages", "giant", "minus", "stretched", "float", "double", "variance", "bytes", "tower"]),
     (ewc_gan, ["--generate", "3", "--out", "o"], "--checkpoint"),
     (ewc_gan, ["--generate", "3", "--checkpoint", "good.pt"], "--out"),
     (ewc_gan, ["--generate", "3", "--out", "o", "--checkpoint", "good.pt", "--seed", "1", "2"],
@@ -932,7 +987,8 @@ BAD_INPUT = [                                       # program, arguments, what t
         (["--data", "nowhere", "--out", "new/s.pt"], "nowhere"), (["--data", "cut"], "x.png"),
         (["--resolution", "48"], "--resolution"), (["--arch", "vae"], "--arch"),
         (["--data", "two", "--out", "source"], ".pt"), (["--data", "two", "--resume"], ".train"),
-        (["--data", "two", "--out", "file/s.pt"], "file"), (["--steps", "0"], "--steps"),
+        (["--data", "two", "--out", "file/s.pt"], "file"),
+        (["--data", "two", "--out", "two/s.pt"], "two/s.pt"), (["--steps", "0"], "--steps"),
         (["--init", "nan.pt"], "nan.pt"), (["--init", "good.pt", "--arch", "dcgan"], "--arch"),
         (["--benchmark", "--data", "two"], "--data"), (["--lam", "3"], "--lam")]),
     *((draw_faces, argv, says) for argv, says in [
@@ -961,6 +1017,12 @@ def test_a_training_state_that_does_not_fit_is_refused(bad_world):
     source, path = ewc_gan.load_checkpoint(bad_world / "good.pt"), bad_world / "run2" / "adapted.pt"
     with pytest.raises(ewc_gan.UserError, match="damaged.*optimizer"):
         adapt(source, shots32(2), TOY, path, resume=True)
+    good = ewc_gan.read_checkpoint(bad_world / "run" / "adapted.pt")
+    for change in ({"opt_G": {**good["training"]["opt_G"], "state": {}}}, {"step": 2.5j},
+                   {"G": None}, {"random": torch.zeros(3)}, {"origin": 7}):
+        torch.save({**good, "training": {**good["training"], **change}}, path)
+        with pytest.raises(ewc_gan.UserError, match="damaged"):
+            adapt(source, shots32(2), TOY, path, resume=True)
 
 
 SLOW = pytest.mark.skipif(not os.environ.get("EWC_GAN_SLOW"),
@@ -1199,13 +1261,24 @@ def test_a_signal_saves_and_resume_goes_on(tmp_path, monkeypatch, kind):
     assert states_equal(adapt(source, shots32(), TOY, path, resume=True).model.G, whole.model.G)
 
 
-def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     source, path = small_model("dcgan"), tmp_path / "adapted.pt"
     adapt(source, shots32(), replace(TOY, steps=2), path)
     good = path.read_bytes()
     broken = ewc_gan.to_float(shots32()) * float("nan")
     with pytest.raises(ewc_gan.UserError, match="diverged"):
         adapt(source, broken, TOY, path)
+    assert path.read_bytes() == good
+    fine = ewc_gan.Trainer.train_step
+
+    def lose_a_weight(self, *args):                                 # the losses are still fine
+        losses = fine(self, *args)
+        list(self.model.D.parameters())[-1].data.fill_(math.nan)
+        return losses
+
+    monkeypatch.setattr(ewc_gan.Trainer, "train_step", lose_a_weight)
+    with pytest.raises(ewc_gan.UserError, match="diverged"):
+        adapt(source, shots32(), replace(TOY, steps=1), path)
     assert path.read_bytes() == good
 
 
@@ -1239,7 +1312,10 @@ def test_the_main_job_and_its_sequel_at_toy_size(tmp_path, monkeypatch, capsys):
     with Image.open(out / "interpolation.gif") as gif:
         assert gif.n_frames > 20
     assert run("--checkpoint", out / "adapted.pt", "--generate", 3, "--out", "more") == 0
-    assert sorted(p.name for p in Path("more").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    assert sorted(p.name for p in Path("more").iterdir()) == [
+        "seed0_00000.png", "seed0_00001.png", "seed0_00002.png"]
+    with open(out / "layers.csv") as file:
+        assert all(float(row["change"]) > 0 for row in csv.DictReader(file)), "of the adapted model"
     model = ewc_gan.load_checkpoint(out / "adapted.pt")
     written, made = load_images("more", 64), ewc_gan.generate(model, 3)
     torch.testing.assert_close(written, made, atol=0.005, rtol=0)             # 8 bits a pixel

@@ -1052,6 +1052,8 @@ def resume_training(trainer, path, **origin):
                 check_finite({"optimizer state": mean for mean in means}, state["step"])
         trainer.random.set_state(state["random"])
         trainer.step = int(state["step"])
+        if trainer.step < 1:
+            raise ValueError("a training that has not begun")
         if trainer.step > trainer.settings.steps:
             raise UserError(f"--steps {trainer.settings.steps}: {path} is at step {trainer.step} "
                             "already; give more")

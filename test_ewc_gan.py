@@ -1019,7 +1019,7 @@ def test_a_training_state_that_does_not_fit_is_refused(bad_world):
         adapt(source, shots32(2), TOY, path, resume=True)
     good = ewc_gan.read_checkpoint(bad_world / "run" / "adapted.pt")
     for change in ({"opt_G": {**good["training"]["opt_G"], "state": {}}}, {"step": 2.5j},
-                   {"G": None}, {"random": torch.zeros(3)}, {"origin": 7}):
+                   {"step": -1}, {"G": None}, {"random": torch.zeros(3)}, {"origin": 7}):
         torch.save({**good, "training": {**good["training"], **change}}, path)
         with pytest.raises(ewc_gan.UserError, match="damaged"):
             adapt(source, shots32(2), TOY, path, resume=True)

@@ -803,8 +803,19 @@ def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys, monkeypat
     mean, spread = np.mean(measured[2:]), np.std(measured[2:], ddof=1)
     assert f"{mean:.3g} ±{spread:.2g}" in printed
     assert {"comparison.png", "paths.png"} <= {path.name for path in tmp_path.iterdir()}
+    F_of_seeds = [(tmp_path / f"finetune_seed{seed}" / "layers.csv").read_text() for seed in (0, 1)]
+    assert F_of_seeds[0] != F_of_seeds[1], "each seed has a Fisher information of its own"
     before = (tmp_path / "comparison.csv").read_bytes()
     assert run(*argv, "--resume") == 0 and (tmp_path / "comparison.csv").read_bytes() == before
+
+
+def test_the_ruler_compares_what_became_of_the_same_z():
+    source, shots = small_model("dcgan"), shots32()
+    ruler = ewc_gan.make_ruler(ewc_gan.parse_arguments(["--target", "x"]), source, shots, "cpu")
+    assert ruler.n == 200 and ruler.reference is None
+    assert ruler(ewc_gan.generate(source, 200, seed=1))["kept"] == pytest.approx(1, abs=1e-4)
+    assert ruler(ewc_gan.generate(source, 200, seed=0))["kept"] < 0.5
+    assert ruler(ewc_gan.generate(small_model("dcgan", 1), 200, seed=1))["kept"] < 0.99
 
 
 def test_inception_that_cannot_be_fetched_is_one_line(tmp_path, capsys, monkeypatch):
@@ -1309,6 +1320,13 @@ def test_the_main_job_and_its_sequel_at_toy_size(tmp_path, monkeypatch, capsys):
         "adapted.pt", "config.json"}
     lines = (out / "log.csv").read_text().splitlines()
     assert lines[0].startswith("step,loss_D,loss_G,penalty,share,change") and len(lines) == 3
+    source, model = (ewc_gan.load_checkpoint(p) for p in (ewc_gan.SOURCE, out / "adapted.pt"))
+    before, after = ewc_gan.generate(source, 16), ewc_gan.generate(model, 16)
+    expected = ewc_gan.samples_picture(load_images("data/10shot", 64), [
+        ("source", before[:8]), ("adapted", after[:8]), ("source", before[8:]),
+        ("adapted", after[8:])])
+    with Image.open(out / "samples.png") as picture:
+        assert np.array_equal(picture, expected) and not torch.equal(before, after)
     with Image.open(out / "interpolation.gif") as gif:
         assert gif.n_frames > 20
     assert run("--checkpoint", out / "adapted.pt", "--generate", 3, "--out", "more") == 0

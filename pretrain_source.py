@@ -33,7 +33,7 @@ def draw_source_images(resolution):
     """The embedded source domain, drawn on all processor cores: uint8 [N, 3, R, R]."""
     sys.path.insert(0, str(ewc_gan.HERE / "data"))
     import draw_faces
-    print(f"drawing {FACES} faces (a minute or two) ...", flush=True)
+    print(f"drawing {FACES} faces (takes minutes) ...", flush=True)
     faces = draw_faces.draw_faces("photo", FACES, FACES_SEED, resolution)        # [N, R, R, 3]
     return torch.from_numpy(faces).permute(0, 3, 1, 2).contiguous()
 

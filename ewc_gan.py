@@ -52,7 +52,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as nnF      # F is the Fisher information, as in the paper
-from torchvision.models import Inception_V3_Weights, inception_v3
+from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -875,7 +875,7 @@ def precision_recall(real, fake, k=5):
 
 def diversity_and_nearest(features, shots):
     """Mean distance between images that have the same nearest shot, averaged over the shots (after
-    Ojha et al. 2021), and mean distance of an image to its nearest shot: 0 if it copies one."""
+    Ojha et al. 2021), and mean distance of an image to its nearest shot: 0 for an exact copy."""
     nearest = torch.cdist(features, shots).min(1)
     clusters = [features[nearest.indices == i] for i in range(len(shots))]
     distances = [torch.pdist(cluster).mean() for cluster in clusters if len(cluster) > 1]
@@ -892,11 +892,13 @@ class Ruler:
     """Measures samples against held-out images of the target, in a given space of features.
 
     features   a function: images float [N, 3, R, R] in [-1, 1] -> float [N, C]
-    shots, reference   images; without a reference there is no fit to measure
+    shots      images; as training mirrors them, a mirrored shot counts as a shot of its own
+    reference  images; without them there is no fit to measure
     source     what the source model makes of the z of the samples
     """
     def __init__(self, features, shots, reference=None, n=1000, source=None):
-        self.features, self.n, self.shots, self.reference = features, n, features(shots), None
+        self.features, self.n, self.reference = features, n, None
+        self.shots = features(torch.cat([shots, shots.flip(3)]))                # [2 K, C]
         self.source = None if source is None else features(source)
         self.unit = self.shots.square().mean().sqrt()           # gives figures of a readable size
         if reference is not None:
@@ -930,7 +932,8 @@ class Ruler:
 
 def discriminator_features(device):
     """The last two stages of a discriminator, pooled: [N, 384].  Always that of the shipped DCGAN,
-    so that runs from any source can be compared; nothing to download, but no FID either.
+    so that runs from any source can be compared; nothing to download, but no FID either, and no
+    stranger: runs from the shipped DCGAN begin with this D as their judge.
 
     As in LPIPS (Zhang et al. 2018), the channels at each place are scaled to length 1.
     """
@@ -944,26 +947,26 @@ def discriminator_features(device):
     return lambda images: torch.cat([features(batch) for batch in images.split(100)])
 
 
-def inception_features(device):
-    """torchvision's Inception v3 trained on ImageNet, pooled: [N, 2048].  Downloaded once.
+def squeezenet_features(device):
+    """torchvision's SqueezeNet 1.1 trained on ImageNet, pooled: [N, 512].  Downloaded once, 5 MB.
 
-    These are not the weights of the usual FID: never compare its values with published ones.
+    It has seen neither source nor target, unlike the D above.  Its distances are no FID.
     """
     try:
-        net = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1, progress=False)
+        net = squeezenet1_1(weights=SqueezeNet1_1_Weights.IMAGENET1K_V1, progress=False).features
     except OSError as error:                                            # urllib's errors are these
-        raise UserError(f"--features inception: its weights cannot be fetched ({error}); go online "
-                        "once, or use the default features")
-    net.fc = nn.Identity()
+        raise UserError(f"--features squeezenet: its weights cannot be fetched ({error}); go "
+                        "online once, or use the default features")
     net = net.to(device).eval().requires_grad_(False)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1)
                  for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def features(images):
-        return torch.cat([net((nnF.interpolate(batch.to(device) / 2 + 0.5, (299, 299),
-                                               mode="bilinear", antialias=True) - mean) / std).cpu()
-                          for batch in images.split(50)])
-    return features
+        x = nnF.interpolate(images.to(device) / 2 + 0.5, (128, 128), mode="bilinear",
+                            antialias=True)
+        return net((x - mean) / std).mean((2, 3)).cpu()                         # [N, 512]
+
+    return lambda images: torch.cat([features(batch) for batch in images.split(50)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1525,9 +1528,9 @@ def build_parser():
                      help="of all random numbers; several: mean and spread (default: 0)")
     ewc.add_argument("--reference", type=Path, metavar="DIR", help="target images that are held "
                      "out, 20 at least: measures how well each run fits them")
-    ewc.add_argument("--features", default="discriminator", choices=["discriminator", "inception"],
-                     help="space of the distances: the D of the shipped DCGAN, or Inception "
-                     "of torchvision, which has to be downloaded (default: discriminator)")
+    ewc.add_argument("--features", default="discriminator", choices=["discriminator", "squeezenet"],
+                     help="space of the distances: the D of the shipped DCGAN, or a SqueezeNet that "
+                     "knows ImageNet, which has to be downloaded, 5 MB (default: discriminator)")
     add_shared_options(p, ADAPT)
     sample = p.add_argument_group("images from an adapted model")
     sample.add_argument("--checkpoint", type=Path, metavar="FILE", help="the model")
@@ -1598,7 +1601,7 @@ def refuse_inside(out, folder):
 
 def make_ruler(args, source, shots, device):
     """What --reference and --features ask for."""
-    features = (inception_features(device) if args.features == "inception"
+    features = (squeezenet_features(device) if args.features == "squeezenet"
                 else discriminator_features(device))
     reference = args.reference and load_images(args.reference, source.resolution)
     if args.reference and len(reference) < 20:

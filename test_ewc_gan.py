@@ -818,15 +818,39 @@ def test_the_ruler_compares_what_became_of_the_same_z():
     assert ruler(ewc_gan.generate(small_model("dcgan", 1), 200, seed=1))["kept"] < 0.99
 
 
-def test_inception_that_cannot_be_fetched_is_one_line(tmp_path, capsys, monkeypatch):
+def test_copies_of_the_shots_are_told_mirrored_or_not():
+    shots = load_images(SHOTS, 32)
+    ruler = ewc_gan.Ruler(ewc_gan.discriminator_features("cpu"), shots)
+    for copies in (shots, shots.flip(3)):
+        assert ruler(copies)["nearest_shot"] < 1e-3
+    assert ruler(torch.cat([shots, shots.flip(3)] * 2))["diversity"] < 1e-3
+    assert ruler(load_images(SHOTS.with_name("10shot_sketch"), 32))["nearest_shot"] > 1
+
+
+def test_squeezenet_that_cannot_be_fetched_is_one_line(tmp_path, capsys, monkeypatch):
     def offline(**_):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(ewc_gan, "inception_v3", offline)
+    monkeypatch.setattr(ewc_gan, "squeezenet1_1", offline)
     out = tmp_path / "o"
-    assert run("--target", SHOTS, "--features", "inception", "--out", out) == 2
+    assert run("--target", SHOTS, "--features", "squeezenet", "--out", out) == 2
     error = capsys.readouterr().err
-    assert "--features inception" in error and error.count("\n") == 1 and not out.exists()
+    assert "--features squeezenet" in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_squeezenet_features_are_those_of_one_image_at_a_time(monkeypatch):
+    """With random weights, for the real ones would have to be downloaded."""
+    torch.manual_seed(0)
+    net = ewc_gan.squeezenet1_1()
+    monkeypatch.setattr(ewc_gan, "squeezenet1_1", lambda **_: net)
+    images = load_images(SHOTS, 64)
+    features = ewc_gan.squeezenet_features("cpu")(images)
+    mean, std = torch.tensor([.485, .456, .406]), torch.tensor([.229, .224, .225])
+    for image, feature in zip(images[:3], features):
+        big = nn.functional.interpolate(image[None] / 2 + .5, (128, 128), mode="bilinear")
+        x = (big.permute(0, 2, 3, 1) - mean) / std
+        expected = net.features(x.permute(0, 3, 1, 2)).flatten(2).mean(2)[0]
+        torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ so that the images take the look of the target and keep the variety of the sourc
 What differs from the paper: F is capped and divided by its mean before it is used (--method raw
 leaves it as it is); theta_S is the moving average of the source G; networks of a million weights
 at 64 pixels where the paper uses a StyleGAN at 256; a drawn source domain; no noise inputs in G; D
-sees shifted images.
+sees shifted images and learns more slowly than G; the shots are mirrored at random.
 
 The sections follow the paper: images, networks, losses, training step, source model, importance of
 weights, adaptation; then measures, and what belongs to no method: the running of a training, files,
@@ -72,7 +72,7 @@ class UserError(Exception):
 class Settings:
     """Hyperparameters of one training; the defaults adapt a DCGAN to ten images."""
     steps: int = 2400            # the look is there after 400; outlines and eyes take longer
-    batch_size: int = 4          # ten shots hold little more than four images do
+    batch_size: int = 4          # larger batches of ten shots but repeat them
     lr: float = 1e-3             # of Adam, for G
     d_lr_ratio: float = 0.1      # D's learning rate over G's: slow, or D knows the shots by heart
     lr_decay: float = 0.0        # if set, lr / sqrt(1 + step / lr_decay): fast first, then finer
@@ -205,7 +205,8 @@ def widths(arch, resolution):
 
 
 class DCGANGenerator(nn.Module):
-    """z [N, z_dim] -> image [N, 3, R, R] in (-1, 1): the five-layer DCGAN (Radford et al. 2016).
+    """z [N, z_dim] -> image [N, 3, R, R] in (-1, 1): a DCGAN (Radford et al. 2016), five layers at
+    64 pixels.
 
     BatchNorm lives on batch statistics while the source is pretrained.  From then on it is kept in
     eval mode, where it is a fixed scale and shift of each channel.
@@ -296,7 +297,7 @@ class ModulatedConv(nn.Module):
         x = nnF.conv2d(x * s[:, :, None, None], weight, padding=self.padding)   # [N, O, H, W]
         if self.demodulate:
             norm = (s.square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()  # [N, O]
-            x = x * (math.sqrt(2) * norm)[:, :, None, None].to(x.dtype)
+            x = x * (math.sqrt(2) * norm)[:, :, None, None].to(x.dtype)     # bf16 under autocast
         return x + self.bias[:, None, None].to(x.dtype)
 
 
@@ -327,14 +328,14 @@ class StyleGANGenerator(nn.Module):
     def forward(self, z):
         w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()       # [N, z_dim], on a sphere
         for layer in self.mapping:
-            w = nnF.leaky_relu(layer(w), 0.2)
+            w = nnF.leaky_relu(layer(w), 0.2)                               # [N, z_dim]
         x = self.constant.expand(len(z), -1, -1, -1)                        # [N, C, 4, 4]
         x = nnF.leaky_relu(self.first(x, w), 0.2)
-        image = self.to_rgb[0](x, w)
+        image = self.to_rgb[0](x, w)                                        # [N, 3, 4, 4]
         for before, after, to_rgb in zip(self.before, self.after, self.to_rgb[1:]):
             x = nnF.leaky_relu(upsample(before(x, w)), 0.2)                 # [N, C', 2H, 2W]
             x = nnF.leaky_relu(after(x, w), 0.2)
-            image = upsample(image) + to_rgb(x, w)
+            image = upsample(image) + to_rgb(x, w)                          # [N, 3, 2H, 2W]
         return image
 
 
@@ -368,7 +369,7 @@ class ResidualBlock(nn.Module):
         self.skip = EqualizedConv(c_in, c_out, 1, gain=1.0)
 
     def forward(self, x):
-        main = nnF.leaky_relu(self.main(x), 0.2)
+        main = nnF.leaky_relu(self.main(x), 0.2)                        # [N, C', H/2, W/2]
         return (main + self.skip(nnF.avg_pool2d(x, 2))) * math.sqrt(0.5)
 
 
@@ -389,8 +390,8 @@ class StyleGANDiscriminator(nn.Module):
         return nn.ModuleList([self.stem, *self.blocks[:-1]])
 
     def forward(self, x):
-        x = self.blocks(nnF.leaky_relu(self.stem(x), 0.2))
-        x = nnF.leaky_relu(self.last(self.minibatch_std(x)), 0.2)
+        x = self.blocks(nnF.leaky_relu(self.stem(x), 0.2))                  # [N, C, 4, 4]
+        x = nnF.leaky_relu(self.last(self.minibatch_std(x)), 0.2)           # [N, 64, 4, 4]
         return self.out(nnF.leaky_relu(self.hidden(x.flatten(1)), 0.2)).flatten()
 
 
@@ -455,14 +456,14 @@ def d_r1_loss(D, real):
     """
     ### BEGIN SOLUTION (exercise 2)
     real = real.detach().requires_grad_(True)
-    gradient, = torch.autograd.grad(D(real).sum(), real, create_graph=True)
+    gradient, = torch.autograd.grad(D(real).sum(), real, create_graph=True)     # [N, 3, R, R]
     return gradient.square().sum((1, 2, 3)).mean()
     ### END SOLUTION
 
 
 # --------------------------------------------------------------------------------------------------
 # One step of adversarial training: the same for the source model and for its adaptation, which adds
-# the penalty to the loss of G
+# the penalty to the loss of G (the paper's adaptation loss)
 # --------------------------------------------------------------------------------------------------
 def autocast(device, amp):
     """Automatic mixed precision: networks in bf16 or fp16, everything else left in float32."""
@@ -542,7 +543,7 @@ class Trainer:
         with autocast(self.device, self.amp):
             fake_logits = D(fake)                                           # [B]
         loss_G = g_nonsaturating_loss(fake_logits.float())                  # L_adv
-        penalty = pull(G) if pull else torch.zeros_like(loss_G)             # lambda * sum ...
+        penalty = pull(G) if pull else torch.zeros_like(loss_G)
         self.update(self.opt_G, loss_G + penalty)
         self.scaler.update()
         # Short at first: with 0.999 from the start, G_ema would long stay a copy of the source
@@ -572,8 +573,8 @@ def accumulate(G_ema, G, decay):
 def calibrate_batchnorm(G, z_dim, samples=4096, batch=256, seed=0):
     """Measure anew the statistics of every BatchNorm in G, over many z, and freeze them.
 
-    The running statistics that training leaves belong to the weights of G: the averaged ones of
-    G_ema have never seen a batch.
+    The running statistics that training leaves belong to the weights of G; those of G_ema are
+    averages, which have never seen a batch.
     """
     norms = [m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
     if norms:
@@ -589,15 +590,16 @@ def calibrate_batchnorm(G, z_dim, samples=4096, batch=256, seed=0):
 
 
 def pretrain(images, model, settings, out, amp="off", resume=False, save_every=1000):
-    """Train a source model from scratch and save it.
+    """Train a source model and save it.
 
     images    uint8 [N, 3, R, R], or float in [-1, 1]
-    model     a fresh one of build_model(); trained in place, on its device
+    model     of build_model(), or one to go on with; trained in place, on its device
     settings  Settings; PRETRAIN has good ones for each family
     out       the checkpoint to write: G_ema and D, all that an adaptation needs.  Beside it stand
               OUT.png with samples, OUT.csv, and OUT.train, from which resume=True goes on bit for
-              bit.  With 20 images or more they are measured against samples each time, and what
-              OUT holds is the best so far.
+              bit.  All are written every save_every steps.  With 20 images or more, samples are
+              measured against them then (see Ruler), and what OUT holds is the best so far.
+    amp       'off', 'bf16' or 'fp16'
     """
     out, device = Path(out), next(model.G.parameters()).device
     trainer, state, log = Trainer(model, settings, amp), out.with_name(out.name + ".train"), []
@@ -618,7 +620,7 @@ def pretrain(images, model, settings, out, amp="off", resume=False, save_every=1
             print("measured: " + "  ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
         save_checkpoint(state, model, training=training_state(trainer, **origin), log=log)
         write_table(out.with_suffix(".csv"), log)
-        if log[-1] is min(log, key=lambda row: row.get("frechet", -row["step"])):
+        if log[-1] is min(log, key=lambda row: row.get("frechet", -row["step"])):    # or latest
             save_checkpoint(out, model, settings=asdict(settings), **log[-1])
             image_grid(generate(model, 64), 8).save(out.with_suffix(".png"))
 
@@ -654,9 +656,11 @@ def fisher_diagonal(G, D, z):
     Returns {name: float32 tensor like the parameter} for each trainable parameter of G.
 
     The likelihood of a GAN has no closed form; log D(G(z)) stands in for it (the paper's importance
-    measure).  One sample at a time, because the mean of squares is wanted: the square of the mean
-    gradient of a batch is another, smaller thing.  Never in half precision, which rounds the square
-    of a gradient of 1e-4 to zero.  Neither network is changed in any way.
+    measure).  So this is an empirical Fisher information: it need not equal minus the mean second
+    derivative, as that of a true likelihood does.  One sample at a time, because the mean of
+    squares is wanted: the square of the mean gradient of a batch is another, smaller thing.  Never
+    in half precision, which rounds the square of a gradient of 1e-4 to zero.  Neither network is
+    changed in any way.  If G draws noise of its own, fix it, or F differs from call to call.
     """
     if len(z) == 0 or not any(p.requires_grad for p in G.parameters()):
         raise ValueError("fisher_diagonal needs at least one z, and a G with requires_grad")
@@ -681,6 +685,8 @@ def fisher_diagonal_chunked(G, D, z, chunk=32):
     one sample leaves most of a GPU idle, slower on a CPU.  Takes chunk times the memory of G's
     weights.
     """
+    if len(z) == 0 or not any(p.requires_grad for p in G.parameters()):
+        raise ValueError("fisher_diagonal_chunked needs at least one z, and a G with requires_grad")
     ### BEGIN SOLUTION (exercise 3)
     def log_likelihood(theta, z_i):
         return nnF.logsigmoid(D(torch.func.functional_call(G, theta, (z_i[None],)))).sum()
@@ -763,12 +769,14 @@ def source_fisher(source, settings):
 
 
 def scaled_fisher(F, most=0.99):
-    """F without a scale: capped at its quantile `most`, and divided by its mean after that.
+    """F of mean 1: capped at its quantile `most`, and divided by its mean after that.
 
-    The scale of F depends on how sure D is and on how G stores its weights; and a few biases, which
-    set the palette of the source, can outweigh all the rest a thousandfold.  A new domain has a new
-    palette.  Capped and scaled, F has mean 1, and lambda says how hard a weight of mean importance
-    is held, whatever the source model.
+    The scale of F depends on how sure D is: lambda would have to make up for it.  And a hundredth
+    of the weights can hold nearly all of F, in the StyleGAN mostly biases that set the palette; but
+    a new domain has a new palette.  Capped and scaled, lambda says how hard a weight of mean
+    importance is held.  The price: F (theta - theta_S)^2 does not depend on the scale in which G
+    stores its weights, and after the division it does.  Raises UserError if F is 0 nearly
+    everywhere.
     """
     values = torch.cat([f.flatten().cpu() for f in F.values()])     # MPS has no kthvalue
     cap = values.kthvalue(math.ceil(most * len(values))).values
@@ -1529,8 +1537,8 @@ def build_parser():
     ewc.add_argument("--reference", type=Path, metavar="DIR", help="target images that are held "
                      "out, 20 at least: measures how well each run fits them")
     ewc.add_argument("--features", default="discriminator", choices=["discriminator", "squeezenet"],
-                     help="space of the distances: the D of the shipped DCGAN, or a SqueezeNet that "
-                     "knows ImageNet, which has to be downloaded, 5 MB (default: discriminator)")
+                     help="space of the distances: the D of the shipped DCGAN, or torchvision's "
+                     "SqueezeNet, which has to be downloaded, 5 MB (default: discriminator)")
     add_shared_options(p, ADAPT)
     sample = p.add_argument_group("images from an adapted model")
     sample.add_argument("--checkpoint", type=Path, metavar="FILE", help="the model")

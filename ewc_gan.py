@@ -1050,17 +1050,16 @@ def resume_training(trainer, path, **origin):
                 was = was if isinstance(was, (int, float, str)) else "something else"
                 raise UserError(f"--resume: {name} was {was} when {path} was written, and is {now} "
                                 "now; use the same, or start anew")
-        own = [{key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-               for optimizer in (trainer.opt_G, trainer.opt_D)]
         for name, part in training_parts(trainer).items():
+            if name.startswith("opt"):                     # its options are those of this training
+                state[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state[name])
-        for optimizer, options in zip((trainer.opt_G, trainer.opt_D), own):
-            optimizer.param_groups[0].update(options)      # load_state_dict takes any, of any shape
+        for optimizer in (trainer.opt_G, trainer.opt_D):   # load_state_dict looks at no shapes
             for p in optimizer.param_groups[0]["params"]:
-                step, *means = (optimizer.state[p][k] for k in ("step", "exp_avg", "exp_avg_sq"))
-                if step.shape != () or any(mean.shape != p.shape for mean in means):
+                shapes = [optimizer.state[p][k].shape for k in ("step", "exp_avg", "exp_avg_sq")]
+                if shapes != [(), p.shape, p.shape]:
                     raise ValueError("optimizer state of another shape")
-                check_finite({"optimizer state": mean for mean in means}, state["step"])
+                check_finite(optimizer.state[p], state["step"])
         trainer.random.set_state(state["random"])
         trainer.step = int(state["step"])
         if trainer.step < 1:

@@ -34,7 +34,6 @@ import json
 import math
 import os
 import pickletools
-import shutil
 import signal
 import sys
 import tempfile
@@ -138,11 +137,10 @@ def read_image(path, resolution):
     return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
 
 
-def read_folder(folder, resolution, scratch=None):
+def read_folder(folder, resolution, allocate=np.empty):
     """Every image below a folder, in the order of their names, as uint8 [N, 3, R, R].
 
-    scratch  a folder on disk, where the pixels are kept in a file without a name, so that they need
-             not fit into memory
+    allocate  a function of shape and dtype: makes the array that the pixels are kept in
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -154,21 +152,13 @@ def read_folder(folder, resolution, scratch=None):
     if not paths:
         raise UserError(f"{folder}: no images in it or below it "
                         f"({' '.join(sorted(IMAGE_SUFFIXES))})")
-    shape = (len(paths), 3, resolution, resolution)
-    if scratch is None:
-        pixels = np.empty(shape, np.uint8)
-    else:
-        if shutil.disk_usage(scratch).free < 2 * math.prod(shape):     # a full disk would kill us
-            raise UserError(f"{scratch}: too little room there for {len(paths)} decoded images")
-        with tempfile.TemporaryFile(dir=scratch) as file:
-            pixels = np.memmap(file, np.uint8, "w+", shape=shape)      # outlives its name
+    pixels = allocate((len(paths), 3, resolution, resolution), np.uint8)
 
     def read(i):
         pixels[i] = read_image(paths[i], resolution).transpose(2, 0, 1)
 
     with ThreadPoolExecutor() as pool:                       # Pillow decodes outside Python's lock
-        for _ in pool.map(read, range(len(paths))):          # the first error comes out here
-            pass
+        list(pool.map(read, range(len(paths))))              # the first error comes out here
     return torch.from_numpy(pixels)
 
 

@@ -13,14 +13,19 @@ Stop it whenever the samples are good enough.
 import argparse
 import contextlib
 import copy
+import math
 import os
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,6 +41,14 @@ def draw_source_images(resolution):
     print(f"drawing {FACES} faces (takes minutes) ...", flush=True)
     faces = draw_faces.draw_faces("photo", FACES, FACES_SEED, resolution)        # [N, R, R, 3]
     return torch.from_numpy(faces).permute(0, 3, 1, 2).contiguous()
+
+
+def on_disk(folder, shape, dtype):
+    """An array kept in a file without a name, so that it need not fit into memory."""
+    if shutil.disk_usage(folder).free < 2 * math.prod(shape):            # a full disk would kill us
+        raise ewc_gan.UserError(f"{folder}: too little room there for {shape[0]} decoded images")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype, "w+", shape=shape)                 # outlives its name
 
 
 def build_parser():
@@ -116,8 +129,8 @@ def pretrain(args, device, amp):
     print("  ".join(f"{key}={value}" for key, value in asdict(settings).items()), flush=True)
     if args.data:
         parents = out.absolute().parents                 # nothing is made before all input is read
-        images = ewc_gan.read_folder(args.data, model.resolution,
-                                     scratch=next(path for path in parents if path.is_dir()))
+        scratch = next(path for path in parents if path.is_dir())
+        images = ewc_gan.read_folder(args.data, model.resolution, partial(on_disk, scratch))
     else:
         images = draw_source_images(model.resolution)
     ewc_gan.make_folder(out.parent)

@@ -606,7 +606,7 @@ def pretrain(images, model, settings, out, amp="off", resume=False, save_every=1
         calibrate_batchnorm(model.G_ema, model.z_dim)
         log.append({"step": trainer.step})
         if ruler:
-            log[-1].update(ruler(generate(model, ruler.n, seed=1)))
+            log[-1].update(ruler.of_model(model))
             print("measured: " + "  ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
         save_checkpoint(state, model, training=training_state(trainer, **origin), log=log)
         write_table(out.with_suffix(".csv"), log)
@@ -907,10 +907,7 @@ class Ruler:
 
     def __call__(self, images):
         """{name: number} for images float [N, 3, R, R]: fit first, then variety."""
-        return self.of_features(self.features(images))
-
-    def of_features(self, x):
-        x, row = x / self.unit, {}
+        x, row = self.features(images) / self.unit, {}
         if self.reference is not None:
             row["frechet"] = frechet_distance(x, self.reference)
             row["precision"], row["recall"] = precision_recall(self.reference, x)
@@ -918,6 +915,10 @@ class Ruler:
         if self.source is not None:
             row["kept"] = distances_kept(self.source, x)
         return row
+
+    def of_model(self, model):
+        """The same for samples of a model."""
+        return self(generate(model, self.n, seed=1))
 
     def of_reference(self):
         """The same for the reference, one half against the other: what perfect looks like."""
@@ -1647,7 +1648,7 @@ def execute(runs, out, source, shots, ruler, config, begun, amp):
         return F
 
     logs, rows = {}, {"source": generate(source, 8)}
-    table = [{"run": "source", **ruler.of_features(ruler.source)}]
+    table = [{"run": "source", **ruler.of_model(source)}]
     if ruler.reference is not None:
         table.append({"run": "held-out", **ruler.of_reference()})
     for name, run, folder in runs:
@@ -1656,17 +1657,12 @@ def execute(runs, out, source, shots, ruler, config, begun, amp):
         if folder not in begun:                                 # it may yet be refused
             (folder / "config.json").write_text(text)
         result = adapt(source, shots, run, folder / "adapted.pt", amp, folder in begun,
-                       F=fisher(run.seed),
-                       measure=lambda model: ruler(generate(model, ruler.n, seed=1)))
+                       F=fisher(run.seed), measure=ruler.of_model)
         (folder / "config.json").write_text(text)
         write_run(folder, source, shots, result)
         if name not in rows:                                    # of several seeds, show the first
             logs[name], rows[name] = result.log, generate(result.model, 8)
-        measured = result.log[-1]
-        if not table[0].keys() - {"run"} <= measured.keys():    # begun without --reference
-            measured = ruler(generate(result.model, ruler.n, seed=1))
-        table.append({"run": name, "seed": run.seed,
-                      **{key: measured[key] for key in table[0] if key != "run"}})
+        table.append({"run": name, "seed": run.seed, **ruler.of_model(result.model)})
     if len(runs) == 1:
         print(f"{out / 'samples.png'}: the source above, the adapted model below")
     else:

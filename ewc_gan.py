@@ -1208,11 +1208,9 @@ def load_checkpoint(path, device="cpu"):
         sizes = c["z_dim"], c["g_channels"], c["d_channels"]
         if not all(type(n) is int for n in (c["resolution"], sizes[0], *sizes[1], *sizes[2])):
             raise ValueError("a size that is no whole number")
-        if c["resolution"] not in RESOLUTIONS:
-            raise ValueError(f"resolution {c['resolution']}, not one of {RESOLUTIONS}")
-        for channels, usual in zip(sizes[1:], widths(c["arch"], c["resolution"])):
-            if len(channels) != len(usual):
-                raise ValueError(f"{len(channels)} stages, where the resolution takes {len(usual)}")
+        stages = [len(channels) for channels in widths(c["arch"], c["resolution"])]
+        if c["resolution"] not in RESOLUTIONS or [len(n) for n in sizes[1:]] != stages:
+            raise ValueError("a resolution, or a number of layers for it, that no network here has")
         tensors = [*c["G_ema"].values(), *c["D"].values()]
         if sum(tensor.nbytes for tensor in tensors) > Path(path).stat().st_size:
             raise ValueError("tensors larger than the file")

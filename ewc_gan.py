@@ -1429,13 +1429,11 @@ def choose_device(name, amp):
         name = next(kind for kind in found if found[kind])
     if not found[name]:
         raise UserError(f"--device {name}: PyTorch finds no such device here; use --device auto")
-    if amp == "auto":
-        if name == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            amp = "bf16" if native else "fp16"
-        else:                                     # a CPU without bf16 arithmetic is slower with it
-            can = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
-            amp = "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "off"
+    if amp == "auto" and name == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":                           # a CPU without bf16 arithmetic is slower with it
+        can = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
+        amp = "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "off"
     if name == "cuda":
         torch.backends.cudnn.allow_tf32 = False   # what is left to float32 is to be float32
     if amp == "fp16" and name != "cuda":

@@ -1254,9 +1254,8 @@ COLORS = ["#1f5fa8", "#c0392b", "#2e8b57", "#d98e04", "#7d3c98", "#17a2b8", "#8a
 
 def draw_lines(pen, write, x, y, width, height, title, lines, from_zero=True):
     """One panel: lines {label: [(x, y), ...]} over axes whose ends are written at the corners."""
-    points = [point for line in lines.values() for point in line]
-    ends = [(min(v), max(v)) for v in zip(*points)]
-    (left, right), (low, high) = ends[0], (0 if from_zero else ends[1][0], ends[1][1])
+    xs, ys = zip(*(point for line in lines.values() for point in line))
+    left, right, low, high = min(xs), max(xs), 0 if from_zero else min(ys), max(ys)
     pen.rectangle([x, y, x + width, y + height], outline="#cccccc")
     for color, (label, line) in zip(COLORS * len(lines), lines.items()):
         places = [(x + width * (a - left) / ((right - left) or 1),
@@ -1302,8 +1301,7 @@ def samples_picture(shots, rows):
     shown = shots[:across * len(rows)]
     left = image_grid(shown, across, scale)
     x = left.width + 130
-    sheet, _, write = canvas(x + pictures[0].width + 6,
-                             26 + max(height * len(rows), left.height))
+    sheet, _, write = canvas(x + pictures[0].width + 6, 26 + max(height * len(rows), left.height))
     write(8, 5, f"{len(shown)} of {len(shots)} target images")
     sheet.paste(left, (6, 26))
     for i, ((label, _), picture) in enumerate(zip(rows, pictures)):

@@ -52,7 +52,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as nnF      # F is the Fisher information, as in the paper
 from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import normalize, to_pil_image
 from torchvision.utils import make_grid
 
 HERE = Path(__file__).resolve().parent
@@ -957,13 +957,12 @@ def squeezenet_features(device):
         raise UserError(f"--features squeezenet: its weights cannot be fetched ({error}); go "
                         "online once, or use the default features")
     net = net.to(device).eval().requires_grad_(False)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1)
-                 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def features(images):
         x = nnF.interpolate(images.to(device) / 2 + 0.5, (128, 128), mode="bilinear",
                             antialias=True)
-        return net((x - mean) / std).mean((2, 3)).cpu()                         # [N, 512]
+        x = normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        return net(x).mean((2, 3)).cpu()                                        # [N, 512]
 
     return lambda images: torch.cat([features(batch) for batch in images.split(50)])
 

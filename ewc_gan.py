@@ -1235,9 +1235,9 @@ def load_checkpoint(path, device="cpu"):
 # Pictures, after the paper's figures: samples beside the shots, methods from the same z, and the
 # weight changes of the layers beside their Fisher information
 # --------------------------------------------------------------------------------------------------
-def image_grid(images, columns, scale=1, gap=2):
+def image_grid(images, columns, scale=1):
     """float [N, 3, R, R] in [-1, 1] -> one PIL picture, row by row, white lines between images."""
-    grid = make_grid(nnF.interpolate(images, scale_factor=scale), columns, gap, pad_value=1)
+    grid = make_grid(nnF.interpolate(images, scale_factor=scale), columns, pad_value=1)
     return to_pil_image(((grid + 1) * 127.5).round().clamp(0, 255).byte())
 
 
@@ -1561,7 +1561,7 @@ def run_generate(args, device):
     images = (image for batch in generate_batches(model, args.generate, args.seed[0])
               for image in batch)
     for i, image in enumerate(images):
-        image_grid(image[None], 1, gap=0).save(args.out / f"seed{args.seed[0]}_{i:05d}.png")
+        image_grid(image[None], 1).save(args.out / f"seed{args.seed[0]}_{i:05d}.png")
     print(f"{args.generate} images in {args.out}")
 
 

@@ -1491,7 +1491,7 @@ def build_parser():
     run = p.add_argument_group("what to adapt, to what")
     run.add_argument("--target", type=Path, metavar="DIR", help="the few images to adapt to, of "
                      "any size and format, cropped to squares; about ten")
-    run.add_argument("--source", type=Path, metavar="FILE",
+    run.add_argument("--source", type=Path, metavar="FILE", default=HERE / SOURCE,
                      help=f"the source model, of pretrain_source.py (default: {SOURCE})")
     run.add_argument("--out", type=Path, metavar="DIR",
                      help="folder for the results (default: out/TARGET)")
@@ -1509,8 +1509,7 @@ def build_parser():
                      help="lambda, the strength of EWC; several: a sweep; 0: plain fine-tuning "
                      f"(default: {LAM['ewc']:g}; for raw {LAM['raw']:g})")
     ewc.add_argument("--fisher-samples", type=number(int, 1, 10**7), metavar="N",
-                     help="samples of the Fisher information "
-                     f"(default: {defaults(ADAPT, 'fisher_samples')})")
+                     help=f"samples of the Fisher information (default: {Settings.fisher_samples})")
     ewc.add_argument("--seed", nargs="+", type=number(int, 0, 2**63 - 1), default=[0], metavar="S",
                      help="of all random numbers; several: mean and spread (default: 0)")
     ewc.add_argument("--reference", type=Path, metavar="DIR", help="target images that are held "
@@ -1599,8 +1598,7 @@ def make_ruler(args, source, shots, device):
 
 
 def run_adapt(args, device, amp):
-    path = args.source or HERE / SOURCE
-    source = load_checkpoint(path, device)
+    source = load_checkpoint(args.source, device)
     settings = replace(ADAPT[source.arch], **chosen(args))
     shots = read_folder(args.target, source.resolution)
     if args.shots and args.shots > len(shots):
@@ -1614,9 +1612,9 @@ def run_adapt(args, device, amp):
     if args.resume and not begun:
         raise UserError(f"--resume: there is no adapted.pt in {runs[0][-1]}")
     ruler = make_ruler(args, source, shots, device)
-    config = {"target": str(args.target), "shots": len(shots),
-              "source": str(path), "arch": source.arch, "resolution": source.resolution,
-              "source_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+    config = {"target": str(args.target), "shots": len(shots), "source": str(args.source),
+              "arch": source.arch, "resolution": source.resolution,
+              "source_sha256": hashlib.sha256(args.source.read_bytes()).hexdigest(),
               "device": device, "amp": amp, "torch": torch.__version__,
               "numpy": np.__version__, "python": sys.version.split()[0]}
     print("  ".join(f"{key}={value}" for key, value in {**asdict(runs[0][1]), **config}.items()),

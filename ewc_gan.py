@@ -1146,10 +1146,9 @@ def save_checkpoint(path, model, **extra):
     Written under another name and renamed, so that a kill at any moment leaves the old file or the
     new one.  Raises UserError where it cannot be written.
     """
-    checkpoint = {"format": FORMAT, "arch": model.arch, "resolution": model.resolution,
-                  "z_dim": model.z_dim, "g_channels": model.g_channels,
-                  "d_channels": model.d_channels, "G_ema": model.G_ema.state_dict(),
-                  "D": model.D.state_dict(), **extra}
+    sizes = ("arch", "resolution", "z_dim", "g_channels", "d_channels")
+    checkpoint = {"format": FORMAT, **{name: getattr(model, name) for name in sizes},
+                  "G_ema": model.G_ema.state_dict(), "D": model.D.state_dict(), **extra}
     path = Path(path)
     unfinished = path.with_name(path.name + ".tmp")
     try:
@@ -1442,7 +1441,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: a number from low to high."""
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high:              # nor is NaN
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     parse.__name__ = kind.__name__

@@ -1448,13 +1448,6 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def defaults(table, name):
-    """The default of a setting, for --help: one value, or one for each family."""
-    values = {arch: getattr(settings, name) for arch, settings in table.items()}
-    text = ", ".join(f"{value:g} for {arch}" for arch, value in values.items())
-    return f"{next(iter(values.values())):g}" if len(set(values.values())) == 1 else text
-
-
 def chosen(args):
     """The settings that the command line names, to replace the defaults."""
     given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
@@ -1473,7 +1466,11 @@ def add_shared_options(parser, table):
             ("--r1-gamma", "X", number(float, 0, 1e6), "weight of the R1 penalty on D"),
             ("--shift", "X", number(float, 0, 0.5), "D sees images moved by up to this part of "
              "their size, or it learns few shots by heart")]:
-        default = defaults(table, option[2:].replace("-", "_"))
+        name = option[2:].replace("-", "_")
+        values = {arch: getattr(settings, name) for arch, settings in table.items()}
+        default = ", ".join(f"{value:g} for {arch}" for arch, value in values.items())
+        if len(set(values.values())) == 1:                       # one for all families
+            default = f"{values['dcgan']:g}"
         training.add_argument(option, metavar=metavar, type=kind,
                               help=f"{text} (default: {default})")
     machine = parser.add_argument_group("machine")

@@ -10,7 +10,6 @@ Every thousand steps it measures samples against the images (OUT's name with .cs
 the best model so far, with .png, 64 samples of it, and OUT.train, the state that --resume needs.
 Stop it whenever the samples are good enough.
 """
-import argparse
 import contextlib
 import copy
 import math

@@ -20,9 +20,9 @@ at 64 pixels where the paper uses a StyleGAN at 256; a drawn source domain; no n
 sees shifted images and learns more slowly than G; the shots are mirrored at random.
 
 The sections follow the paper: images, networks, losses, training step, source model, importance of
-weights, adaptation; then measures, and what belongs to no method: the running of a training, files,
-pictures, command line.  The method itself is short: train_step, fisher_diagonal, ewc_penalty,
-adapt.  The markers "BEGIN SOLUTION" say what the assignments in README.md take out.
+weights, adaptation, weight changes; then measures, and what belongs to no method: the running of a
+training, files, pictures, command line.  The method itself is short: train_step, fisher_diagonal,
+ewc_penalty, adapt.  The markers "BEGIN SOLUTION" say what the assignments in README.md take out.
 """
 import argparse
 import contextlib
@@ -839,6 +839,35 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, save_ever
 
 
 # --------------------------------------------------------------------------------------------------
+# Which weights change (the paper's analysis of weight changes): layer by layer, beside their Fisher
+# information
+# --------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def layers(theta, theta_S, F):
+    """A dict for each layer of G, in G's order: its mean Fisher information, the mean absolute
+    weight, and the change of the weights in %.
+
+    The change is sum |theta - theta_S| / sum |theta_S| over a layer: a mean of single ratios would
+    be ruled by the weights that happen to lie near 0.  A layer is a module; the style of a
+    modulated convolution counts as part of it.
+    """
+    groups = {}
+    for name in F:
+        groups.setdefault(name.rpartition(".")[0].removesuffix(".style") or name, []).append(name)
+    rows = []
+    for layer, names in groups.items():
+        ### BEGIN SOLUTION (exercise 5)
+        n = sum(F[name].numel() for name in names)
+        fisher = float(sum(F[name].sum() for name in names) / n)
+        weight = float(sum(theta_S[name].abs().sum() for name in names) / n)
+        change = float(sum((theta[name] - theta_S[name]).abs().sum() for name in names) / n)
+        rows.append({"layer": layer, "fisher": fisher, "weight": weight,
+                     "change": 100 * change / weight})
+        ### END SOLUTION
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
 # Measuring: do samples look like the target (fit), and unlike each other and the shots (variety)?
 # The paper reports FID and LPIPS; here, with nothing to download, the same kind of distances in the
 # features of a shipped D.  Read the two together: the source itself has the most variety of all.
@@ -1306,31 +1335,6 @@ def samples_picture(shots, rows):
         write(x - 10, 20 + (i + 0.5) * height, label, anchor="rm")
         sheet.paste(picture, (x, 26 + i * height))
     return sheet
-
-
-@torch.no_grad()
-def layers(theta, theta_S, F):
-    """A dict for each layer of G, in G's order: its mean Fisher information, the mean absolute
-    weight, and the change of the weights in %.
-
-    The change is sum |theta - theta_S| / sum |theta_S| over a layer: a mean of single ratios would
-    be ruled by the weights that happen to lie near 0.  A layer is a module; the style of a
-    modulated convolution counts as part of it.
-    """
-    groups = {}
-    for name in F:
-        groups.setdefault(name.rpartition(".")[0].removesuffix(".style") or name, []).append(name)
-    rows = []
-    for layer, names in groups.items():
-        ### BEGIN SOLUTION (exercise 5)
-        n = sum(F[name].numel() for name in names)
-        fisher = float(sum(F[name].sum() for name in names) / n)
-        weight = float(sum(theta_S[name].abs().sum() for name in names) / n)
-        change = float(sum((theta[name] - theta_S[name]).abs().sum() for name in names) / n)
-        rows.append({"layer": layer, "fisher": fisher, "weight": weight,
-                     "change": 100 * change / weight})
-        ### END SOLUTION
-    return rows
 
 
 def layers_picture(rows, bar=300, height=20):

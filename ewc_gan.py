@@ -71,7 +71,7 @@ class UserError(Exception):
 class Settings:
     """Hyperparameters of one training; the defaults adapt a DCGAN to ten images."""
     steps: int = 2400            # the look is there after 400; outlines and eyes take longer
-    batch_size: int = 4          # larger batches of ten shots but repeat them
+    batch_size: int = 4          # a larger batch of ten shots only repeats them
     lr: float = 1e-3             # of Adam, for G
     d_lr_ratio: float = 0.1      # D's learning rate over G's: slow, or D knows the shots by heart
     lr_decay: float = 0.0        # if set, lr / sqrt(1 + step / lr_decay): fast first, then finer
@@ -634,6 +634,11 @@ def evaluating(*networks):
             module.training = mode
 
 
+def refuse_nothing(G, z):
+    if len(z) == 0 or not any(p.requires_grad for p in G.parameters()):
+        raise ValueError("Fisher information needs at least one z, and a G with requires_grad")
+
+
 def fisher_diagonal(G, D, z):
     """How much each weight of G matters to the images it makes, with D frozen as the judge:
 
@@ -652,8 +657,7 @@ def fisher_diagonal(G, D, z):
     in half precision, which rounds the square of a gradient of 1e-4 to zero.  Neither network is
     changed in any way.  If G draws noise of its own, fix it, or F differs from call to call.
     """
-    if len(z) == 0 or not any(p.requires_grad for p in G.parameters()):
-        raise ValueError("fisher_diagonal needs at least one z, and a G with requires_grad")
+    refuse_nothing(G, z)
     ### BEGIN SOLUTION (exercise 3)
     parameters = {name: p for name, p in G.named_parameters() if p.requires_grad}
     F = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
@@ -675,8 +679,7 @@ def fisher_diagonal_chunked(G, D, z, chunk=32):
     one sample leaves most of a GPU idle, slower on a CPU.  Takes chunk times the memory of G's
     weights.
     """
-    if len(z) == 0 or not any(p.requires_grad for p in G.parameters()):
-        raise ValueError("fisher_diagonal_chunked needs at least one z, and a G with requires_grad")
+    refuse_nothing(G, z)
     ### BEGIN SOLUTION (exercise 3)
     def log_likelihood(theta, z_i):
         return nnF.logsigmoid(D(torch.func.functional_call(G, theta, (z_i[None],)))).sum()
@@ -936,7 +939,10 @@ class Ruler:
 
     def __call__(self, images):
         """{name: number} for images float [N, 3, R, R]: fit first, then variety."""
-        x, row = self.features(images) / self.unit, {}
+        return self.of_features(self.features(images))
+
+    def of_features(self, x):
+        x, row = x / self.unit, {}
         if self.reference is not None:
             row["frechet"] = frechet_distance(x, self.reference)
             row["precision"], row["recall"] = precision_recall(self.reference, x)
@@ -1635,7 +1641,7 @@ def execute(runs, out, source, shots, ruler, config, begun, amp):
         return F
 
     logs, rows = {}, {"source": generate(source, 8)}
-    table = [{"run": "source", **ruler.of_model(source)}]
+    table = [{"run": "source", **ruler.of_features(ruler.source)}]
     if ruler.reference is not None:
         table.append({"run": "held-out", **ruler.of_reference()})
     for name, run, folder in runs:
@@ -1649,7 +1655,10 @@ def execute(runs, out, source, shots, ruler, config, begun, amp):
         write_run(folder, source, shots, result)
         if name not in rows:                                    # of several seeds, show the first
             logs[name], rows[name] = result.log, generate(result.model, 8)
-        table.append({"run": name, "seed": run.seed, **ruler.of_model(result.model)})
+        # The log of a resumed run may end with measures of other --features, or with none
+        measured = ruler.of_model(result.model) if folder in begun else result.log[-1]
+        table.append({"run": name, "seed": run.seed,
+                      **{key: measured[key] for key in table[0] if key != "run"}})
     if len(runs) == 1:
         print(f"{out / 'samples.png'}: the source above, the adapted model below")
     else:

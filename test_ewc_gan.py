@@ -231,10 +231,11 @@ def test_fisher_of_weights_without_effect_is_0_and_logits_of_an_image_add_up():
 
 def test_fisher_of_nothing_is_an_error():
     model = small_model("dcgan")
-    with pytest.raises(ValueError, match="at least one"):
-        fisher_diagonal(model.G, model.D, torch.randn(0, 8))
-    with pytest.raises(ValueError, match="requires_grad"):
-        fisher_diagonal(model.G_ema, model.D, torch.randn(2, 8))
+    for fisher in (fisher_diagonal, ewc_gan.fisher_diagonal_chunked):
+        with pytest.raises(ValueError, match="at least one"):
+            fisher(model.G, model.D, torch.randn(0, 8))
+        with pytest.raises(ValueError, match="requires_grad"):
+            fisher(model.G_ema, model.D, torch.randn(2, 8))
     with pytest.raises(ewc_gan.UserError, match="0 nearly everywhere"):
         ewc_gan.scaled_fisher({"a": torch.zeros(500), "b": torch.ones(2)})
 
@@ -807,6 +808,13 @@ def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys, monkeypat
     assert F_of_seeds[0] != F_of_seeds[1], "each seed has a Fisher information of its own"
     before = (tmp_path / "comparison.csv").read_bytes()
     assert run(*argv, "--resume") == 0 and (tmp_path / "comparison.csv").read_bytes() == before
+    other = ewc_gan.Ruler(lambda images: images[:, 0, ::8, ::8].flatten(1), load_images(SHOTS, 32),
+                          load_images(SHOTS.parent, 32), 40, ewc_gan.generate(source, 40, seed=1))
+    monkeypatch.setattr(ewc_gan, "make_ruler", lambda *_: other)
+    assert run(*argv, "--resume") == 0                          # finished runs, other --features
+    with open(tmp_path / "comparison.csv", newline="") as file:
+        *_, last = csv.DictReader(file)
+    assert float(last["frechet"]) == pytest.approx(other.of_model(model)["frechet"], rel=1e-3)
 
 
 def test_the_ruler_compares_what_became_of_the_same_z():

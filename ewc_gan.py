@@ -14,9 +14,9 @@ their values in the source, theta_S:
     F_i     = E_z[ (d log D(G(z)) / d theta_i)^2 ]                       D: the source's, frozen
     L_adapt = L_adv + lambda * sum_i F_i (theta_i - theta_S,i)^2
 
-So the images take on the look of the target and keep the diversity of the source.  All of the paper
-is in the first three sections: stop reading at "Networks" if the method is what you came for.  What
-differs from the paper is a table in README.md: above all, F is capped and divided by its mean.
+So the images take on the look of the target and keep the diversity of the source.  The method is
+in the first three sections: stop reading at "Networks" if that is what you came for.  What differs
+from the paper is a table in README.md: above all, F is capped and divided by its mean.
 """
 import argparse
 import contextlib
@@ -47,8 +47,8 @@ class UserError(ValueError):
     """Something that the user can fix: one line on stderr, and exit code 2."""
 
 # --------------------------------------------------------------------------------------------------
-# Settings: every hyperparameter, with its default and the reason for it, as chosen on the drawn
-# faces.  Those with a help text are options of the command line.
+# Settings: the hyperparameters of training, with defaults chosen on the drawn faces.  Those with a
+# help text are options of the command line.
 def option(default, help, **more):
     return field(default=default, metadata={"help": help, **more})
 
@@ -58,7 +58,7 @@ class Training:
     steps: int = option(2400, "training steps")
     batch_size: int = option(8, "images a step")
     lr: float = option(2e-3, "Adam's learning rate for G")
-    d_lr_ratio: float = option(0.1, "D's learning rate over G's")   # a fast D learns ten by heart
+    d_lr_ratio: float = option(0.1, "D's learning rate over G's")   # a fast D memorises shots
     shift: float = option(0.0625, "D sees images moved by up to this fraction of their width")
     cutout: float = option(0.5, "D sees images with a hole of this fraction of their width")
     r1_gamma: float = option(0.3, "weight of the R1 penalty on D")  # with more, D sees no details
@@ -70,10 +70,11 @@ class Training:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if not isinstance(value, str) and not 0 <= value < math.inf:        # nor is NaN
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
+            least = 1 if name in ("steps", "batch_size", "r1_every") else 0
+            if not isinstance(value, str) and not least <= value < math.inf:    # refuses NaN, too
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
 
-    def lr_at(self, step):          # falls with the root of the steps, so as to stop at any time
+    def lr_at(self, step):          # decays as 1 / sqrt(step): needs no last step known in advance
         return self.lr / math.sqrt(1 + step / 3000)
 
 @dataclass
@@ -86,7 +87,7 @@ class Adaptation(Training):
     lam: float = option(1.5e-3, "lambda, the strength of the penalty; 0 is fine-tuning")
     fisher_samples: int = option(256, "number of z over which F is averaged")
 
-    def lr_at(self, step):          # falls to 0, or the images would go on changing to the end
+    def lr_at(self, step):          # linear decay to 0 at the last step, so that images settle
         return self.lr * (1 - step / self.steps)
 
 ADAPT = {"dcgan": Adaptation(), "stylegan": Adaptation(2400, 4, 5e-3, r1_gamma=0.1, beta1=0.0)}
@@ -103,14 +104,14 @@ def weights(G):
     return torch.cat([p.flatten().float() for p in G.parameters() if p.requires_grad])
 
 def fisher_diagonal(G, D, z):
-    """How much each weight of G matters to the images it makes, with D frozen as the judge:
+    """How much each weight of G changes the log-likelihood that the frozen D gives its images:
 
         F_i = E_z[ (d log D(G(z)) / d theta_i)^2 ]
 
     G  generator, z [1, ...] -> images;  D  discriminator of its domain, images -> logits;
     z  [N, ...], the samples over which the mean is taken.  If G draws noise of its own, fix it.
     Returns a float32 vector in the order of weights(G), without a graph; 0 where a weight has no
-    effect.  Raises ValueError if there is no z.
+    effect.  Raises UserError if there is no z.
 
     A GAN has no likelihood that can be computed, so log D(G(z)) stands in for it (the paper's
     importance measure).  One sample at a time, because each gradient must be squared before the
@@ -132,13 +133,13 @@ def fisher_diagonal(G, D, z):
     return F / len(z)
 
 def scaled_fisher(F, quantile=0.99):
-    """F, capped at a quantile of its values, then divided by its mean: so lambda says how hard a
-    weight of average importance is held.
+    """F, capped at a quantile of its values, then divided by its mean.  Its mean is then 1, so that
+    lambda is comparable between sources, and with l2 (each F_i = 1).
 
-    Why: the scale of F depends on how sure D is.  And one percent of the weights can hold nearly
-    all of F: in the StyleGAN mostly biases that set the colours, which a new domain must change.
-    The price: F (theta - theta_S)^2 does not depend on the scale in which G stores its weights, and
-    after the division it does.  Raises UserError if F is 0 nearly everywhere.
+    Why: the scale of F depends on how confident D is, and 1% of the weights can have nearly all of
+    the sum of F: in the StyleGAN mostly biases that set colours, which a new domain must change.
+    The price: the unscaled penalty is the same if a weight is stored as c * theta (its F is then
+    F / c^2); this one is not.  Raises UserError if the capped F is 0 everywhere.
     """
     values = F.cpu()                                                    # MPS has no kthvalue
     cap = values.kthvalue(math.ceil(quantile * len(values))).values
@@ -149,17 +150,16 @@ def scaled_fisher(F, quantile=0.99):
     return F.clamp(max=float(cap)) / float(mean)
 
 def ewc_penalty(G, theta_S, F):
-    """sum_i F_i (theta_i - theta_S,i)^2: a scalar, differentiable in theta = weights(G).
+    """sum_i F_i (theta_i - theta_S,i)^2, without lambda or 1/2: a scalar, differentiable in theta.
 
     theta_S  weights(G).detach() from before the adaptation: a copy, which does not move with G
     F        fisher_diagonal(G, D, z), or scaled_fisher() of it
-    Multiply by lambda.  There is no factor 1/2.
     """
     return (F * (weights(G) - theta_S).square()).sum()
 
 def make_penalty(method, lam, theta_S, F):
-    """lambda * ewc_penalty as a function of G, or None.  In l2 each F_i is 1, as the scaled F is on
-    average: would any pull towards the source do as well?"""
+    """lambda * ewc_penalty as a function of G, or None.  l2 is the control: each F_i is 1, which is
+    the mean of the scaled F.  If it does as well as ewc, F does not help."""
     if method in ("finetune", "freezed") or lam == 0:
         return None
     F = {"ewc": scaled_fisher, "l2": torch.ones_like, "raw": lambda F: F}[method](F)
@@ -180,15 +180,15 @@ def d_r1_loss(D, real):
     keeps D smooth around them.  Its weight in the loss of D is gamma / 2."""
     real = real.detach().requires_grad_(True)
     gradient, = torch.autograd.grad(D(real).sum(), real, create_graph=True)     # [N, 3, R, R]
-    return gradient.square().sum((1, 2, 3)).mean()
+    return gradient.square().flatten(1).sum(1).mean()
 
 # --------------------------------------------------------------------------------------------------
 # Training: one step of D and one of G, the same for the source and for its adaptation
 class Trainer:
-    """The networks of one training, their optimisers, and the random numbers of what is drawn.  A
-    `penalty` is a function of G that is added to its loss.  Under torchrun each process draws its
-    share of the batch with a seed of its own, gradients are averaged, and rank 0 writes; BatchNorm
-    takes the statistics of the whole batch on GPUs, but of one process on CPUs, as MinibatchStd."""
+    """The networks of one training, their optimisers, and its random number generator.  `penalty`
+    is None or a function of G, added to G's loss.  After init_process_group (pretrain_source.py
+    under torchrun) each process draws its share of the batch with its own seed, and gradients are
+    averaged; BatchNorm sees the whole batch on GPUs, MinibatchStd only that of its process."""
     def __init__(self, gan, settings, amp="off", penalty=None):
         self.gan, self.settings, self.amp, self.penalty = gan, settings, amp, penalty
         self.device, self.step, self.log = gan.device, 0, []
@@ -207,17 +207,17 @@ class Trainer:
     def draw(self, images):
         """Real images [B, 3, R, R] in [-1, 1], with replacement, mirrored at random, and z."""
         b, to = max(1, self.settings.batch_size // self.processes), self.device
-        picks = torch.randint(len(images), (b,), generator=self.random).to(images.device)
-        real = to_float(images[picks].to(to, non_blocking=True))
+        index = torch.randint(len(images), (b,), generator=self.random).to(images.device)
+        real = to_float(images[index].to(to, non_blocking=True))
         mirror = (torch.rand(b, generator=self.random) < 0.5)[:, None, None, None]
         real = torch.where(mirror.to(to, non_blocking=True), real.flip(3), real)
         z = torch.randn(b, self.gan.z_dim, generator=self.random).to(to, non_blocking=True)
         return real.contiguous(memory_format=memory_format(to)), z
 
     def augment(self, x):
-        """What D sees of x [B, 3, R, R]: moved up or down and left or right, its edge pixels
-        repeated, and with a square hole, filled with 0, at a random place.  So D cannot learn the
-        few shots by heart (DiffAugment, Zhao et al. 2020)."""
+        """What D sees of x [B, 3, R, R]: translated at random (edge pixels repeated) and with a
+        random square set to 0; one shift and one square for all of x, new ones in each call.  This
+        keeps D from memorising the few shots (after DiffAugment, Zhao et al. 2020)."""
         size = x.shape[-1]
         far, hole = round(self.settings.shift * size), round(self.settings.cutout * size)
         if far:
@@ -247,7 +247,7 @@ class Trainer:
             real_logits, fake_logits = D(real), D(fake.detach())            # [B], [B]
         loss_D = d_logistic_loss(real_logits.float(), fake_logits.float())
         total_D = loss_D
-        if self.step % s.r1_every == 0:     # the weight makes up for the steps left out; float32
+        if self.step % s.r1_every == 0:     # lazy R1: rare, so weighted r1_every times; in float32
             total_D = loss_D + s.r1_every * s.r1_gamma / 2 * d_r1_loss(D, real)
         self.update(self.opt_D, total_D)
 
@@ -258,8 +258,8 @@ class Trainer:
         penalty = self.penalty(G) if self.penalty else torch.zeros_like(loss_G)
         self.update(self.opt_G, loss_G + penalty)
         self.scaler.update()
-        # theta_ema <- decay * theta_ema + (1 - decay) * theta, with a small decay at first: with
-        # 0.999 from the start, G_ema would stay a copy of the source for a thousand steps
+        # theta_ema <- decay * theta_ema + (1 - decay) * theta.  The decay starts at 0.1 and rises:
+        # with 0.999 from the first step, G_ema would stay near its start for a thousand steps
         decay = min(s.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.gan.G_ema.parameters()), list(G.parameters()), 1 - decay)
@@ -277,11 +277,11 @@ class Trainer:
 
     def train(self, images, label, out=None, resume=False, metrics=None, every=400, **same):
         """Train to the last step.  Returns the log: a dict of the losses for every tenth step, and
-        what metrics(gan, step) returns for every `every`-th.  `out`: a checkpoint, written every
-        ten seconds or so, from which resume=True goes on, bit for bit on a CPU.  `same`: what both
-        runs must have in common, beside the images, and the settings but for steps."""
+        what metrics(gan, step) returns for every `every`-th.  `out`: a checkpoint, written about
+        every ten seconds; resume=True goes on from it (one CPU process: bit for bit).  `same`: what
+        a resumed run must share with the first, like the images and all settings except steps."""
         same = {**asdict(self.settings), "steps": None, "amp": self.amp, **same,
-                "images": zlib.crc32(images.cpu().numpy())}
+                "images": zlib.crc32(images.cpu().contiguous().numpy())}
         if resume:
             self.resume(out, same)
         first, last = self.step, self.settings.steps
@@ -322,8 +322,8 @@ class Trainer:
 
 def pretrain(images, gan, settings, out, amp="off", resume=False, every=1000):
     """Train a GAN in place on images uint8 [N, 3, R, R], or float in [-1, 1]: the source model.
-    `out`: checkpoint of the best model so far, by Frechet distance to the images, measured every so
-    many steps; beside it samples, OUT.png, and OUT.train, from which resume=True goes on."""
+    `out`: the checkpoint with the lowest Frechet distance to the images, measured each `every`
+    steps; for source.pt, samples are in source.png, and resume=True goes on from source.pt.train"""
     out, trainer = Path(out), Trainer(gan, settings, amp)
     features = features_of("discriminator", gan.device)
     reference = features(to_float(images[::math.ceil(len(images) / 1000)]))
@@ -384,8 +384,8 @@ def layers(G, theta_S, F):
     return rows
 
 # --------------------------------------------------------------------------------------------------
-# Networks: two families of about a million weights at 64x64.  Once a source is loaded, G(z) depends
-# on its z alone, and in eval mode D(x) on its x alone: F needs that, as a mean over single samples.
+# Networks: two families of about a million weights at 64x64.  In eval mode an image or a
+# logit does not depend on the rest of the batch: F, a mean over single samples, needs that.
 class DCGANGenerator(nn.Sequential):
     """z [N, z_dim] -> image [N, 3, R, R] in (-1, 1): a DCGAN (Radford et al. 2016), five layers at
     64 pixels.  BatchNorm sees each batch while the source is pretrained; after that it stays in
@@ -425,8 +425,8 @@ class DCGANDiscriminator(nn.Module):
 
 class Equalized(nn.Module):
     """Linear layer (shape [O, I]) or convolution ([O, I, k, k]) with equalised learning rate: its
-    weights are stored as N(0, 1 / lr_multiplier^2) and scaled when they are used, so that Adam's
-    steps are alike in every layer (Karras et al. 2018).  F and theta are of the stored weights."""
+    weights are stored as N(0, 1 / lr_multiplier^2) and scaled in forward, so that Adam's relative
+    step is alike in every layer (Karras et al. 2018).  theta and F refer to the stored weights."""
     def __init__(self, *shape, bias=0.0, gain=math.sqrt(2), lr_multiplier=1.0, **conv):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(shape) / lr_multiplier)
@@ -443,7 +443,7 @@ class Equalized(nn.Module):
 class ModulatedConv(nn.Module):
     """x [N, I, H, W], w [N, w_dim] -> [N, O, H, W]: a convolution whose input channels are scaled
     by a style s(w), and whose output channels are divided by the norm of their scaled weights
-    (Karras et al. 2020).  It acts on the activations: as good as a weight per image, and faster."""
+    (Karras et al. 2020).  Scaling x, not the weight of each image, gives the same, faster."""
     def __init__(self, c_in, c_out, size, w_dim, demodulate=True):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, size, size))
@@ -457,7 +457,7 @@ class ModulatedConv(nn.Module):
         x = nnF.conv2d(x * s[:, :, None, None], weight, padding=self.padding)   # [N, O, H, W]
         if self.demodulate:
             norm = (s.square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()  # [N, O]
-            x = x * (math.sqrt(2) * norm)[:, :, None, None].to(x.dtype)     # bf16 under autocast
+            x = x * (math.sqrt(2) * norm)[:, :, None, None].to(x.dtype)     # half under autocast
         return x + self.bias[:, None, None].to(x.dtype)
 
 class StyleGANGenerator(nn.Module):
@@ -571,14 +571,13 @@ class GAN(nn.Module):
 
     @torch.no_grad()
     def calibrate(self):
-        """Measure the statistics of G_ema's BatchNorms over 4,096 z: its weights are averages, for
-        which training has measured none."""
+        """Recompute G_ema's BatchNorm statistics over 4,096 z: its weights are not those of G."""
         for norm in (m for m in self.G_ema.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.reset_running_stats()
             norm.momentum = None                        # None: the plain mean of all batches
         random = torch.Generator().manual_seed(0)
         self.G_ema.train()
-        for _ in range(16):
+        for _ in range(16 if self.arch == "dcgan" else 0):
             self.G_ema(torch.randn(256, self.z_dim, generator=random).to(self.device))
         self.G_ema.eval()
 
@@ -627,8 +626,8 @@ def load_images(folder, resolution, limit=None):
     def read(path):
         with reading(path, "an image that Pillow can read"), Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):              # 16 bits, which convert() would clip
-                image = image.point(lambda value: value / 257, "L")
+            if image.mode.startswith("I"):              # 16 bits, which convert("RGB") would clip
+                image = image.convert("I").point(lambda value: value / 257)
             if image.has_transparency_data:             # on white
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -670,8 +669,8 @@ def precision_recall(real, fake, k=5):
     return inside(fake, real), inside(real, fake)
 
 def diversity_and_nearest(features, shots):
-    """Mean distance between images that have the same nearest shot, averaged over the shots (after
-    Ojha et al. 2021), and mean distance of an image to its nearest shot: 0 for an exact copy."""
+    """(1) Mean distance in a cluster of images with the same nearest shot, averaged over clusters
+    of two or more (after Ojha et al. 2021); (2) mean distance of an image to its nearest shot."""
     nearest = torch.cdist(features, shots).min(1)
     clusters = [features[nearest.indices == i] for i in range(len(shots))]
     distances = [torch.pdist(cluster).mean() for cluster in clusters if len(cluster) > 1]
@@ -699,7 +698,7 @@ class Metrics:
         distances = torch.stack([torch.pdist(self.source), torch.pdist(x)])
         return {**self.compare(x, self.reference), "kept": float(torch.corrcoef(distances)[0, 1])}
 
-    def of_reference(self):                 # one half against the other: what a perfect G reaches
+    def of_reference(self):     # one half against the other: near a perfect G, with half the images
         return {**self.compare(*self.reference.chunk(2)), "kept": math.nan}
 
     def compare(self, x, reference):
@@ -766,9 +765,9 @@ def chart(panels, width=1100, height=110):
         values = [value if math.isfinite(value) else 0.0 for value in values]   # of equal samples
         low, high, step = min(values), max(values), (width - 16) / len(values)
         pen.text((8, top - 28), f"{title}: {low:.3g} to {high:.3g}", "black", font)
-        unit = height / ((high - (0.9 * low if foot is None else foot)) or 1)
+        foot = low - 0.1 * abs(low) if foot is None else foot
         for i, (name, value) in enumerate(zip(names, values)):
-            x, y = 8 + i * step, top + unit * (high - value)
+            x, y = 8 + i * step, top + height * (1 - (value - foot) / (high - foot or 1))
             pen.rectangle([x, y, x + 0.7 * step, top + height], "#1f5fa8")
             if len(values) < 40:
                 pen.text((x, top + height + 2), str(name), "black", font)
@@ -780,7 +779,7 @@ def save_interpolation(path, source, gan, stops=5, frames=12, columns=4):
     corners = source.z(columns * stops).view(stops, columns, -1)
     pictures = []
     for a, b in zip(corners, corners.roll(-1, 0)):
-        for t in torch.arange(frames) * (math.pi / 2 / frames):         # z keeps its length
+        for t in torch.arange(frames) * (math.pi / 2 / frames):         # z nearly keeps its length
             z = t.cos() * a + t.sin() * b
             rows = torch.cat([source.images(z), gan.images(z)])
             pictures.append(image_grid(rows, columns, max(1, 128 // gan.resolution)))
@@ -816,14 +815,14 @@ def write_run(out, source, shots, gan, F, log, progress):
     names, fisher = zip(*((row["layer"], math.log10(row["fisher"] or 1e-30)) for row in rows))
     chart([("mean Fisher information, log10", names, fisher, min(fisher) - 0.3), (
         "weight change, %", names, [row["change"] for row in rows], 0)]).save(out / "layers.png")
-    columns = [(name, *zip(*((row["step"], row[name]) for row in log if name in row)), None)
-               for name in list(log[-1])[1:]]
-    chart(columns).save(out / "curves.png")
+    curves = [(name, *zip(*((row["step"], row[name]) for row in log if name in row)), None)
+              for name in list(log[-1])[1:]]                # (name, steps, values, foot)
+    chart(curves).save(out / "curves.png")
     write_table(out / "layers.csv", rows)
     write_table(out / "log.csv", log)
     diversity = [row["diversity"] for row in log if "diversity" in row]
     if diversity[-1] < 2 / 3 * diversity[0]:
-        print("diversity fell by more than a third: try fewer --steps, then a larger --lam")
+        print("diversity fell by a third since step 400: try fewer --steps, then a larger --lam")
 
 # --------------------------------------------------------------------------------------------------
 # Command line
@@ -888,9 +887,9 @@ def planned_runs(args, settings):
     """{folder: (name, settings)} of every run that is asked for; without a penalty lambda is 0."""
     runs, seeds = {}, args.seed or [settings.seed]
     for method in args.method or [settings.method]:
-        free = method in ("finetune", "freezed")
-        for lam in [0.0] if free else args.lam or [settings.lam]:
-            name = method if free else f"{method}_{lam:g}"
+        no_penalty = method in ("finetune", "freezed")
+        for lam in [0.0] if no_penalty else args.lam or [settings.lam]:
+            name = method if no_penalty else f"{method}_{lam:g}"
             for seed in seeds:
                 folder = f"{name}_seed{seed}" if len(seeds) > 1 else name
                 runs[folder] = name, replace(settings, method=method, lam=lam, seed=seed)
@@ -902,12 +901,13 @@ def run_adapt(args):
     refuse_inside(out, args.target, args.reference)
     shots = load_images(args.target, source.resolution, args.shots)
     reference = args.reference and to_float(load_images(args.reference, source.resolution, 1000))
+    if args.reference and len(reference) < 12:      # half of them must have 5 neighbours each
+        raise UserError(f"--reference {args.reference}: needs 12 images, better 1,000")
     features = features_of(args.features, args.device)
     metrics = Metrics(features, source, to_float(shots), reference)
     runs = planned_runs(args, settings_from_args(ADAPT[source.arch], args))
     rows, table = {"source": source.generate(8)}, [{"run": "source", **metrics(source)}]
-    if args.reference:
-        table.append({"run": "held-out", **metrics.of_reference()})
+    table += [{"run": "held-out", **metrics.of_reference()}] if args.reference else []
     for folder, (name, run) in runs.items():
         folder = out / folder if len(runs) > 1 else out
         folder.mkdir(parents=True, exist_ok=True)
@@ -943,7 +943,7 @@ def clean_exit(program):
 def main(argv=None):
     with clean_exit("ewc_gan.py"):
         args = parse_arguments(argv)
-        torch.backends.cudnn.allow_tf32 = False         # what is left to float32 is to be float32
+        torch.backends.cudnn.allow_tf32 = False         # float32 is to be float32: F, R1, measures
         run_generate(args) if args.generate else run_adapt(args)
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python pretrain_source.py --data DIR --out out/source.pt --resume
     torchrun --nproc_per_node 8 pretrain_source.py --data DIR     # a batch shared by eight GPUs
 
-Every thousand steps the samples are measured against the images, and the best model so far is kept
-in OUT, with 64 samples in its name with .png.  OUT.train is what --resume needs.  Stop it when the
-samples are good enough.  Under torchrun each process decodes the images for itself.
+Every thousand steps samples are compared with the images.  The best model so far is kept in
+out/source.pt, with 64 of its samples in out/source.png; --resume needs out/source.pt.train.  Stop
+it when the samples are good enough.  Under torchrun each process decodes (or draws) all images.
 """
 import argparse
 import os
@@ -56,6 +56,7 @@ def main(argv=None):
             torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
             if torch.distributed.get_rank():                     # one process speaks
                 sys.stdout = open(os.devnull, "w")
+        torch.backends.cudnn.allow_tf32 = False                  # float32 is to be float32
         torch.manual_seed(args.seed or 0)                        # of the initial weights
         if args.init:
             gan = ewc_gan.GAN.load(args.init, device)

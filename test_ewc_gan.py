@@ -833,7 +833,7 @@ def test_a_student_starts_with_failing_exercises_and_loses_nothing(tmp_path, mon
     (1, "softplus(-real_logits).mean() +", "relu(-real_logits).mean() +", "L_D is not"),
     (1, "nnF.softplus(-fake_logits).mean()", "-nnF.softplus(fake_logits).mean()", "non-saturating"),
     (2, "create_graph=True", "create_graph=False", "create_graph"),
-    (2, "gradient.square().sum((1, 2, 3)).mean()", "gradient.square().mean()", "squared length"),
+    (2, "gradient.square().flatten(1).sum(1).mean()", "gradient.square().mean()", "squared length"),
     (3, "z.split(1)", "z.split(len(z))", "the square of the batch-mean gradient"),
     (3, "nnF.logsigmoid(D(G(z_i)))", "torch.log(D(G(z_i)).abs())", "sigmoid of its"),
     (3, "copy.deepcopy(D).eval()", "copy.deepcopy(D)", "must be in eval mode"),

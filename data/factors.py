@@ -6,8 +6,8 @@ The drawn domain knows every face: its turn, smile, glasses, hair and more.  A l
 regression on the 8x8 features of the shipped D) learns to read these factors off drawings of a
 style.  One probe reads the samples of the source (style photo), another the adapted samples of the
 same z (style of the target).  The correlation of the two readings, over 1,000 z, says how much of a
-factor is kept: 1 for all, 0 for nothing.  The row "drawings" is the limit of the method: how well
-the probe of the target style reads the true factors of drawings that it has not seen.
+factor is kept: 1 for all, 0 for nothing.  The row "drawings" is a yardstick, no strict limit: how
+well the probe of the target style reads the true factors of drawings that it has not seen.
 
 Runs are named by their folders; seeds are averaged.  Writes factors.csv and factors.png above them.
 """
@@ -51,7 +51,7 @@ def features(images):
 
 
 def probe(style, n=3000, seed=11, ridge=0.01):
-    """A function, images -> factors [N, 13] as read off them, learnt from n drawings of a style:
+    """A function, images -> factors [N, 13] up to a constant, learnt from n drawings of a style:
     ridge regression in its dual form, W = X^T (X X^T + a I)^-1 Y, with a relative to X X^T."""
     images, Y = drawings(style, n, seed)
     X = features(images)

@@ -155,7 +155,7 @@ def ewc_penalty(G, theta_S, F):
     theta_S  weights(G).detach() from before the adaptation: a copy, which does not move with G
     F        fisher_diagonal(G, D, z), or scaled_fisher() of it
     """
-    return (F * (weights(G) - theta_S).square()).sum()
+    return F.dot(nnF.mse_loss(weights(G), theta_S, reduction="none"))       # (theta - theta_S)^2
 
 def make_penalty(method, lam, theta_S, F):
     """lambda * ewc_penalty as a function of G, or None.  l2 is the control: each F_i is 1, which is
@@ -774,7 +774,7 @@ def chart(panels, width=1100, height=110):
                 pen.text((x, y - 14), f"{value:.3g}", "black", font)
     return sheet
 
-def save_interpolation(path, source, gan, stops=5, frames=12, columns=4):
+def save_interpolation(path, source, gan, stops=4, frames=8, columns=4):
     """A GIF that moves through z: the source in the upper row, the adapted GAN in the lower."""
     corners = source.z(columns * stops).view(stops, columns, -1)
     pictures = []
@@ -783,7 +783,7 @@ def save_interpolation(path, source, gan, stops=5, frames=12, columns=4):
             z = t.cos() * a + t.sin() * b
             rows = torch.cat([source.images(z), gan.images(z)])
             pictures.append(image_grid(rows, columns, max(1, 128 // gan.resolution)))
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=120, loop=0)
 
 def write_table(path, rows):
     with open(path, "w", newline="") as file:

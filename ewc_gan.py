@@ -70,6 +70,8 @@ class Training:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
+            value = value.item() if hasattr(value, "item") else value   # of NumPy: a plain number
+            setattr(self, name, value)
             least = 1 if name in ("steps", "batch_size", "r1_every") else 0
             if not isinstance(value, str) and not least <= value < math.inf:    # refuses NaN, too
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
@@ -176,8 +178,8 @@ def g_nonsaturating_loss(fake_logits):
     return nnF.softplus(-fake_logits).mean()
 
 def d_r1_loss(D, real):
-    """R1 = E[ |grad_x D(x)|^2 ] on real images x [N, 3, R, R] -> scalar, differentiable in D.  It
-    keeps D smooth around them.  Its weight in the loss of D is gamma / 2."""
+    """R1 = E[ |grad_x D(x)|^2 ] on real images x [N, 3, R, R] -> scalar, differentiable in D.  Its
+    weight in the loss of D is gamma / 2."""
     real = real.detach().requires_grad_(True)
     gradient, = torch.autograd.grad(D(real).sum(), real, create_graph=True)     # [N, 3, R, R]
     return gradient.square().flatten(1).sum(1).mean()
@@ -295,7 +297,7 @@ class Trainer:
                 raise UserError(f"the training diverged before step {self.step}; start again with "
                                 "a lower --lr or --lam (what was saved before is kept)")
             if metrics and (self.step % every == 0 or self.step == last):
-                self.log[-1].update(metrics(self.gan, self.step))
+                self.log[-1].update({k: float(v) for k, v in metrics(self.gan, self.step).items()})
             now = time.monotonic()
             if now > saved + 10 or self.step == last:
                 saved, per_step = now, (now - start) / (self.step - first)
@@ -368,11 +370,9 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, F=None, m
 @torch.no_grad()
 def layers(G, theta_S, F):
     """Which weights changed (the paper's analysis of weight changes): a dict for each layer of G.
-
     G is adapted.  A row has 'layer' (a module; a style belongs to its convolution), mean 'fisher',
     mean absolute 'weight' in theta_S, and 'change' in %: sum |theta - theta_S| / sum |theta_S|, for
-    a mean of the ratios of single weights would depend mostly on weights near 0.
-    """
+    a mean of the ratios of single weights would depend mostly on weights near 0."""
     sizes = {name: p.numel() for name, p in G.named_parameters() if p.requires_grad}
     table, groups, rows = torch.stack([weights(G), theta_S, F]), {}, []         # [3, weights]
     for name, part in zip(sizes, table.split(list(sizes.values()), 1)):

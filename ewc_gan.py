@@ -741,12 +741,12 @@ def image_grid(images, columns, scale=1):
     return to_pil_image(((grid + 1) * 127.5).round().clamp(0, 255).byte())
 
 def samples_picture(shots, rows):
-    """The shots at the left; at the right rows of samples, [(label, images), ...]."""
+    """Up to 40 shots at the left; at the right rows of samples, [(label, images), ...]."""
     pictures = [image_grid(images, len(images), max(1, 128 // images.shape[-1]))
                 for _, images in rows]
     height = pictures[0].height + 4
-    columns = math.ceil(len(shots) * (shots.shape[-1] + 2) / (height * len(rows)))
-    left = image_grid(to_float(shots), columns)
+    columns = math.ceil(len(shots[:40]) * (shots.shape[-1] + 2) / (height * len(rows)))
+    left = image_grid(to_float(shots[:40]), columns)
     size = left.width + pictures[0].width + 126, 26 + max(height * len(rows), left.height)
     sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
     pen = ImageDraw.Draw(sheet)

@@ -678,7 +678,6 @@ def diversity_and_nearest(features, shots):
 
 class Metrics:
     """Measures the samples of a GAN: fit to held-out images, then diversity.
-
     features   of features_of();  source  the GAN before its adaptation: 'kept' correlates the
                distances between samples with those between its own from the same z
     shots      images.  As training mirrors them, their mirror images count as shots, too
@@ -711,7 +710,6 @@ class Metrics:
 
 def features_of(judge, device):
     """A function, images float [N, 3, R, R] in [-1, 1] -> features [N, C] of a network, pooled.
-
     judge: 'squeezenet', torchvision's, trained on ImageNet, which is independent of the runs, or
     'discriminator', the last two stages of the shipped DCGAN's D, with the channels at each place
     scaled to length 1, as in LPIPS (Zhang et al. 2018): nothing to download, but not independent.
@@ -906,6 +904,8 @@ def run_adapt(args):
     features = features_of(args.features, args.device)
     metrics = Metrics(features, source, to_float(shots), reference)
     runs = planned_runs(args, settings_from_args(ADAPT[source.arch], args))
+    print(f"{len(shots)} images, {source.arch} of {source.resolution} pixels, on {args.device}, "
+          f"amp {args.amp}, into {out}: {' '.join(runs)}", flush=True)
     rows, table = {"source": source.generate(8)}, [{"run": "source", **metrics(source)}]
     table += [{"run": "held-out", **metrics.of_reference()}] if args.reference else []
     for folder, (name, run) in runs.items():

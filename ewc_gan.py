@@ -901,12 +901,11 @@ def run_adapt(args):
     reference = args.reference and to_float(load_images(args.reference, source.resolution, 1000))
     if args.reference and len(reference) < 12:      # half of them must have 5 neighbours each
         raise UserError(f"--reference {args.reference}: needs 12 images, better 1,000")
-    features = features_of(args.features, args.device)
-    metrics = Metrics(features, source, to_float(shots), reference)
+    metrics = Metrics(features_of(args.features, args.device), source, to_float(shots), reference)
     runs = planned_runs(args, settings_from_args(ADAPT[source.arch], args))
     print(f"{len(shots)} images, {source.arch} of {source.resolution} pixels, on {args.device}, "
           f"amp {args.amp}, into {out}: {' '.join(runs)}", flush=True)
-    rows, table = {"source": source.generate(8)}, [{"run": "source", **metrics(source)}]
+    rows, table, F = {"source": source.generate(8)}, [{"run": "source", **metrics(source)}], {}
     table += [{"run": "held-out", **metrics.of_reference()}] if args.reference else []
     for folder, (name, run) in runs.items():
         folder = out / folder if len(runs) > 1 else out
@@ -919,11 +918,12 @@ def run_adapt(args):
             progress[step] = gan.generate(8)
             return metrics(gan)
 
-        gan, F, log = adapt(source, shots, run, checkpoint, args.amp,
-                            args.resume and checkpoint.exists(), metrics=measure)
-        write_run(folder, source, shots, gan, F, log, progress)
+        gan, F[run.seed], log = adapt(source, shots, run, checkpoint, args.amp,
+                                      args.resume and checkpoint.exists(), F.get(run.seed), measure)
+        write_run(folder, source, shots, gan, F[run.seed], log, progress)
         rows.setdefault(name, gan.generate(8))                  # of several seeds, show the first
-        table.append({"run": name, "seed": run.seed, **metrics(gan)})
+        last = {key: log[-1][key] for key in list(table[0])[1:]} if progress else metrics(gan)
+        table.append({"run": name, "seed": run.seed, **last})
     print_table(table)
     if len(runs) > 1:
         write_table(out / "comparison.csv", table)

@@ -41,14 +41,14 @@ from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
 from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-SOURCE = Path(__file__).resolve().parent / "data/source_dcgan.pt"
+SHIPPED = {arch: Path(__file__).resolve().parent / f"data/source_{arch}.pt"
+           for arch in ("stylegan", "dcgan")}
 
 class UserError(ValueError):
     """Something that the user can fix: one line on stderr, and exit code 2."""
 
-# --------------------------------------------------------------------------------------------------
-# Settings: the hyperparameters of training, with defaults chosen on the drawn faces.  Those with a
-# help text are options of the command line.
+# ---------- Settings ------------------------------------------------------------------------------
+# Hyperparameters of training, chosen on the drawn faces.  Those with a help text are options.
 def option(default, help, **more):
     return field(default=default, metadata={"help": help, **more})
 
@@ -72,7 +72,7 @@ class Training:
         for name, value in asdict(self).items():
             value = value.item() if hasattr(value, "item") else value   # of NumPy: a plain number
             setattr(self, name, value)
-            least = 1 if name in ("steps", "batch_size", "r1_every") else 0
+            least = 1 if name in ("steps", "batch_size", "r1_every", "fisher_samples") else 0
             if not isinstance(value, str) and not least <= value < math.inf:    # refuses NaN, too
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
 
@@ -98,12 +98,16 @@ PRETRAIN = {"dcgan": Training(24000, 16, d_lr_ratio=1.0, shift=0.0, cutout=0.0, 
             "stylegan": Training(60000, 16, lr=5e-3, d_lr_ratio=1.0, shift=0.0, cutout=0.0,
                                  r1_gamma=0.1, beta1=0.0)}
 
-# --------------------------------------------------------------------------------------------------
-# The method.  Nothing here depends on the networks below: any two modules G and D will do for which
-# D(G(z)) gives logits, so that D's probability of "real" is sigmoid(D(x)).
+# ---------- The method ----------------------------------------------------------------------------
+# Nothing here depends on the networks below: any two modules G and D will do for which D(G(z)) is a
+# logit, so that D's probability of "real" is sigmoid(D(x)).
+def as_vector(tensors):
+    """Tensors as one float32 vector, with channels last, as they lie in memory: this is faster."""
+    return torch.cat([(t.movedim(1, -1) if t.ndim > 1 else t).flatten().float() for t in tensors])
+
 def weights(G):
     """theta: all trainable parameters of G as one float32 vector, in G's order, differentiable."""
-    return torch.cat([p.flatten().float() for p in G.parameters() if p.requires_grad])
+    return as_vector([p for p in G.parameters() if p.requires_grad])
 
 def fisher_diagonal(G, D, z):
     """How much each weight of G changes the log-likelihood that the frozen D gives its images:
@@ -112,8 +116,8 @@ def fisher_diagonal(G, D, z):
 
     G  generator, z [1, ...] -> images;  D  discriminator of its domain, images -> logits;
     z  [N, ...], the samples over which the mean is taken.  If G draws noise of its own, fix it.
-    Returns a float32 vector in the order of weights(G), without a graph; 0 where a weight has no
-    effect.  Raises UserError if there is no z.
+    Returns one float32 vector, as_vector() of the F of each weight in weights(G), without a graph;
+    0 where a weight has no effect.  Raises UserError if there is no z.
 
     A GAN has no likelihood that can be computed, so log D(G(z)) stands in for it (the paper's
     importance measure).  One sample at a time, because each gradient must be squared before the
@@ -131,7 +135,7 @@ def fisher_diagonal(G, D, z):
             log_likelihood = nnF.logsigmoid(D(G(z_i))).sum()                    # log D(G(z_i))
             gradient = torch.autograd.grad(log_likelihood, theta, allow_unused=True,
                                            materialize_grads=True)
-            F += torch.cat([g.flatten().float() for g in gradient]).square()
+            F += as_vector(gradient).square()
     return F / len(z)
 
 def scaled_fisher(F, quantile=0.99):
@@ -184,8 +188,7 @@ def d_r1_loss(D, real):
     gradient, = torch.autograd.grad(D(real).sum(), real, create_graph=True)     # [N, 3, R, R]
     return gradient.square().flatten(1).sum(1).mean()
 
-# --------------------------------------------------------------------------------------------------
-# Training: one step of D and one of G, the same for the source and for its adaptation
+# ---------- Training ------------------------------------------------------------------------------
 class Trainer:
     """The networks of one training, their optimisers, and its random number generator.  `penalty`
     is None or a function of G, added to G's loss.  After init_process_group (pretrain_source.py
@@ -360,8 +363,8 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, F=None, m
     gan = copy.deepcopy(source)
     gan.G = copy.deepcopy(source.G_ema).eval()      # eval: BatchNorm stays as it is
     gan.D.train()
-    if settings.method == "freezed":
-        gan.D.lower().requires_grad_(False)
+    for layer in gan.D.lower if settings.method == "freezed" else ():
+        layer.requires_grad_(False)
     trainer = Trainer(gan, settings, amp, make_penalty(settings.method, settings.lam, theta_S, F))
     log = trainer.train(images.to(source.device), settings.method, out, resume, metrics,
                         source=zlib.crc32(theta_S.cpu().numpy()))
@@ -383,9 +386,9 @@ def layers(G, theta_S, F):
                      "change": float(100 * (theta - old).abs().sum() / old.abs().sum())})
     return rows
 
-# --------------------------------------------------------------------------------------------------
-# Networks: two families of about a million weights at 64x64.  In eval mode an image or a
-# logit does not depend on the rest of the batch: F, a mean over single samples, needs that.
+# ---------- Networks ------------------------------------------------------------------------------
+# Two families of about a million weights at 64x64.  In eval mode, images and logits do not depend
+# on the rest of the batch: F, a mean over single samples, needs that.
 class DCGANGenerator(nn.Sequential):
     """z [N, z_dim] -> image [N, 3, R, R] in (-1, 1): a DCGAN (Radford et al. 2016), five layers at
     64 pixels.  BatchNorm sees each batch while the source is pretrained; after that it stays in
@@ -416,9 +419,7 @@ class DCGANDiscriminator(nn.Module):
         for conv in self.layers[::2]:
             nn.init.kaiming_normal_(conv.weight, 0.2)
             nn.init.zeros_(conv.bias)
-
-    def lower(self):                        # the layers that FreezeD freezes, down to 8x8 features
-        return self.layers[:-3]
+        self.lower = list(self.layers[:-3])     # what FreezeD freezes: down to 8x8 features
 
     def forward(self, x):
         return self.layers(x).flatten()
@@ -523,9 +524,7 @@ class StyleGANDiscriminator(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(i, o) for i, o in zip(c, c[1:])))   # R/2 -> 4
         self.minibatch_std, self.last = MinibatchStd(), Equalized(64, c[-1] + 1, 3, 3, padding=1)
         self.hidden, self.out = Equalized(128, 64 * 16), Equalized(1, 128, gain=1.0)
-
-    def lower(self):                        # the layers that FreezeD freezes, down to 8x8 features
-        return nn.ModuleList([self.stem, *self.blocks[:-1]])
+        self.lower = [self.stem, *self.blocks[:-1]]     # what FreezeD freezes: down to 8x8 features
 
     def forward(self, x):
         x = self.blocks(nnF.leaky_relu(self.stem(x), 0.2))                  # [N, C, 4, 4]
@@ -557,8 +556,7 @@ class GAN(nn.Module):
         """n noise vectors [n, z_dim].  Drawn one by one, so that number i of a seed is the same
         whatever n is: in the source, in every adaptation, in every picture."""
         random = torch.Generator().manual_seed(seed)
-        z = (torch.randn(1, self.z_dim, generator=random) for _ in range(n))
-        return torch.cat([torch.empty(0, self.z_dim), *z])
+        return torch.stack([torch.randn(self.z_dim, generator=random) for _ in range(n)])
 
     @torch.no_grad()
     def images(self, z):
@@ -610,8 +608,7 @@ class GAN(nn.Module):
 def memory_format(device):              # in which these convolutions are fastest; not safe on MPS
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
-# --------------------------------------------------------------------------------------------------
-# Images
+# ---------- Images --------------------------------------------------------------------------------
 @contextlib.contextmanager
 def reading(path, what):
     try:
@@ -625,7 +622,8 @@ def load_images(folder, resolution, limit=None):
     links are followed.  Raises UserError if there are none, or one cannot be read."""
     def read(path):
         with reading(path, "an image that Pillow can read"), Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+            file.getexif(), file.info.pop("exif", None)     # else an odd tag is an error in
+            image = ImageOps.exif_transpose(file)           # exif_transpose; turns the image
             if image.mode.startswith("I"):              # 16 bits, which convert("RGB") would clip
                 image = image.convert("I").point(lambda value: value / 257)
             if image.has_transparency_data:             # on white
@@ -636,19 +634,21 @@ def load_images(folder, resolution, limit=None):
 
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = [Path(folder, name) for name in glob.glob("**/*.*", root_dir=folder, recursive=True)]
-    paths = sorted(path for path in files if path.suffix.lower() in readable)[:limit]
+    paths = sorted(path for path in files if path.suffix.lower() in readable)
     if not paths:
         raise UserError(f"{folder}: no such folder, or no images in it that Pillow can read")
+    if others := {path.suffix for path in files if path.is_file()} - {p.suffix for p in paths}:
+        print(f"{folder}: files of other types are left out: {' '.join(sorted(others))}")
     with ThreadPoolExecutor() as pool:                  # Pillow decodes without Python's lock
-        return torch.stack(list(pool.map(read, paths)))
+        return torch.stack(list(pool.map(read, paths[:limit])))
 
 def to_float(images):
     """uint8 0..255 -> float -1..1; floats are taken to be in -1..1 already."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
-# --------------------------------------------------------------------------------------------------
-# Measures of fit to the target and of diversity.  The paper reports FID and LPIPS; these are of the
-# same kind, in other features.  Read both together: the source itself is the most diverse of all.
+# ---------- Measures ------------------------------------------------------------------------------
+# Fit to the target, and diversity.  The paper reports FID and LPIPS; these are of the same kind, in
+# other features.  Read both together: the source itself is the most diverse of all.
 def frechet_distance(a, b):
     """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): the Frechet distance of two Gaussians
     fitted to features a [N, C] and b [M, C].  With R^T R = C, the last trace is the sum of the
@@ -678,27 +678,19 @@ def diversity_and_nearest(features, shots):
 
 class Metrics:
     """Measures the samples of a GAN: fit to held-out images, then diversity.
-    features   of features_of();  source  the GAN before its adaptation: 'kept' correlates the
-               distances between samples with those between its own from the same z
-    shots      images.  As training mirrors them, their mirror images count as shots, too
+    features   of features_of();  shots  images: their mirror images count as shots, as in training
     reference  held-out images of the target; without them no fit is measured
     """
-    def __init__(self, features, source, shots, reference=None):
+    def __init__(self, features, shots, reference=None):
         self.n = 200 if reference is None else 1000
         self.shots = features(torch.cat([shots, shots.flip(3)]))                    # [2 K, C]
         self.reference = self.shots[:0] if reference is None else features(reference[:self.n])
         scale = (self.shots if reference is None else self.reference).square().mean().sqrt()
         self.features = lambda gan: features(gan.generate(self.n, seed=1)) / scale  # [n, C]
         self.shots, self.reference = self.shots / scale, self.reference / scale
-        self.source = self.features(source)
 
     def __call__(self, gan, step=None):
-        x = self.features(gan)
-        distances = torch.stack([torch.pdist(self.source), torch.pdist(x)])
-        return {**self.compare(x, self.reference), "kept": float(torch.corrcoef(distances)[0, 1])}
-
-    def of_reference(self):     # one half against the other: near a perfect G, with half the images
-        return {**self.compare(*self.reference.chunk(2)), "kept": math.nan}
+        return self.compare(self.features(gan), self.reference)
 
     def compare(self, x, reference):
         row = {}
@@ -719,7 +711,7 @@ def features_of(judge, device):
             net = squeezenet1_1(weights=SqueezeNet1_1_Weights.IMAGENET1K_V1, progress=False)
         net = net.features.to(device).eval().requires_grad_(False)
     else:
-        net = GAN.load(SOURCE, device).D.layers.requires_grad_(False)
+        net = GAN.load(SHIPPED["dcgan"], device).D.layers.requires_grad_(False)
 
     def features(x):
         if judge == "squeezenet":
@@ -731,8 +723,7 @@ def features_of(judge, device):
         return torch.cat([nnF.normalize(x, dim=1).mean((2, 3)) for x in (x8, x4)], 1).cpu()
     return lambda images: torch.cat([features(batch) for batch in images.split(100)])
 
-# --------------------------------------------------------------------------------------------------
-# Pictures and tables
+# ---------- Pictures and tables -------------------------------------------------------------------
 def image_grid(images, columns, scale=1):
     """float [N, 3, R, R] in [-1, 1] -> one PIL picture, row by row, white lines between images."""
     grid = make_grid(nnF.interpolate(images, scale_factor=scale), columns, pad_value=1)
@@ -755,22 +746,36 @@ def samples_picture(shots, rows):
         sheet.paste(picture, (left.width + 120, y))
     return sheet
 
-def chart(panels, width=1100, height=110):
-    """Bars, in panels one below the other: [(title, names, values, value at the foot or None)]."""
+def chart(panels, width=1100, height=120):
+    """Bars, in panels one below the other: [(title, names, {run: values}, foot of the bars)]."""
     sheet = Image.new("RGB", (width, (height + 60) * len(panels)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for top, (title, names, values, foot) in zip(range(30, 10**6, height + 60), panels):
-        values = [value if math.isfinite(value) else 0.0 for value in values]   # of equal samples
-        low, high, step = min(values), max(values), (width - 16) / len(values)
-        pen.text((8, top - 28), f"{title}: {low:.3g} to {high:.3g}", "black", font)
-        foot = low - 0.1 * abs(low) if foot is None else foot
-        for i, (name, value) in enumerate(zip(names, values)):
-            x, y = 8 + i * step, top + height * (1 - (value - foot) / (high - foot or 1))
-            pen.rectangle([x, y, x + 0.7 * step, top + height], "#1f5fa8")
-            if len(values) < 40:
-                pen.text((x, top + height + 2), str(name), "black", font)
-                pen.text((x, y - 14), f"{value:.3g}", "black", font)
+    colors = "#1f5fa8", "#d9822b", "#3f8f5f", "#a23b72", "#777777", "#c8b400"
+    for end, (title, names, runs, foot) in zip(range(height + 34, 10**6, height + 60), panels):
+        table = torch.tensor(list(runs.values())).nan_to_num(foot)      # nan: of equal samples
+        high, group = float(table.max()), (width - 68) / len(names)
+        heights = (table - foot).clamp(min=0) * (height / (high - foot or 1))   # [runs, names]
+        pen.text((60, end - height - 26), title, "black", font)
+        for part in (0, 0.5, 1):                                        # the axis
+            y, value = end - part * height, foot + part * (high - foot)
+            pen.text((52, y), f"{value:.3g}", "black", font, anchor="rm")
+            pen.line([56, y, width, y], "#dddddd")
+        for r, (run, row, color) in enumerate(zip(runs, heights.tolist(), colors)):
+            pen.text((300 + 130 * r, end - height - 26), run, color, font)
+            for i, h in enumerate(row):
+                x, bar = 60 + group * (i + 0.8 * r / len(runs)), 0.8 * group / len(runs)
+                pen.rectangle([x, end - h, x + bar, end], color)
+        for i in range(0, len(names), math.ceil(40 / group)):
+            pen.text((60 + i * group, end + 2), str(names[i]), "black", font)
     return sheet
+
+def layers_picture(runs):
+    """runs: {name: rows of layers()}.  F of the first run, then what changed in all of them."""
+    first, *_ = runs.values()
+    names, fisher = zip(*((row["layer"], math.log10(row["fisher"] or 1e-30)) for row in first))
+    changes = {run: [row["change"] for row in rows] for run, rows in runs.items()}
+    return chart([("mean Fisher information, log10", names, {"": fisher}, min(fisher) - 0.3),
+                  ("change of the weights in %", names, changes, 0)])
 
 def save_interpolation(path, source, gan, stops=4, frames=8, columns=4):
     """A GIF that moves through z: the source in the upper row, the adapted GAN in the lower."""
@@ -801,7 +806,8 @@ def print_table(table):
         print("".join(f"{cell:>18}" for cell in cells))
 
 def write_run(out, source, shots, gan, F, log, progress):
-    """All pictures and tables of one run.  progress: {step: samples of the same z}."""
+    """All pictures and tables of one run.  progress: {step: samples of the same z}.  Returns the
+    rows of layers()."""
     before, after = source.generate(16), gan.generate(16)
     samples_picture(shots, [("source", before[:8]), ("adapted", after[:8]), ("source", before[8:]),
                             ("adapted", after[8:])]).save(out / "samples.png")
@@ -809,21 +815,21 @@ def write_run(out, source, shots, gan, F, log, progress):
         rows = [("source", before[:8]), *((f"step {step}", x) for step, x in progress.items())]
         samples_picture(shots, rows).save(out / "progress.png")
     save_interpolation(out / "interpolation.gif", source, gan)
-    rows = layers(gan.G_ema, weights(source.G_ema), F)
-    names, fisher = zip(*((row["layer"], math.log10(row["fisher"] or 1e-30)) for row in rows))
-    chart([("mean Fisher information, log10", names, fisher, min(fisher) - 0.3), (
-        "weight change, %", names, [row["change"] for row in rows], 0)]).save(out / "layers.png")
-    curves = [(name, *zip(*((row["step"], row[name]) for row in log if name in row)), None)
-              for name in list(log[-1])[1:]]                # (name, steps, values, foot)
-    chart(curves).save(out / "curves.png")
+    rows, panels = layers(gan.G_ema, weights(source.G_ema), F), []
+    layers_picture({"": rows}).save(out / "layers.png")
+    for name in list(log[-1])[1:]:
+        steps, values = zip(*((row["step"], row[name]) for row in log if name in row))
+        foot = min(values) - 0.1 * abs(min(values))
+        panels.append((f"{name} by step", steps, {"": values}, foot))
+    chart(panels).save(out / "curves.png")
     write_table(out / "layers.csv", rows)
     write_table(out / "log.csv", log)
     diversity = [row["diversity"] for row in log if "diversity" in row]
     if diversity[-1] < 2 / 3 * diversity[0]:
         print("diversity fell by a third since step 400: try fewer --steps, then a larger --lam")
+    return rows
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# ---------- Command line --------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -852,8 +858,8 @@ def parse_arguments(argv):
     p = Parser("python ewc_gan.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--target", type=Path, metavar="DIR", help="the few images to adapt to")
-    p.add_argument("--source", type=Path, metavar="FILE", default=SOURCE,
-                   help="a model of pretrain_source.py (default: data/source_dcgan.pt)")
+    p.add_argument("--source", type=Path, metavar="FILE", default=SHIPPED["stylegan"],
+                   help="a model of pretrain_source.py (default: data/source_stylegan.pt)")
     p.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/TARGET)")
     p.add_argument("--shots", type=int, metavar="K", help="use the first K images (default: all)")
     p.add_argument("--resume", action="store_true", help="go on with runs that were stopped")
@@ -879,15 +885,15 @@ def run_generate(args):
     args.out.mkdir(parents=True, exist_ok=True)
     for i, z in enumerate(gan.z(args.generate, seed).split(1)):
         image_grid(gan.images(z), 1).save(args.out / f"seed{seed}_{i:05d}.png")
-    print(f"{args.generate} images in {args.out}")
+    print(f"{args.generate} images written; {args.out} holds {len(list(args.out.iterdir()))}")
 
 def planned_runs(args, settings):
     """{folder: (name, settings)} of every run that is asked for; without a penalty lambda is 0."""
     runs, seeds = {}, args.seed or [settings.seed]
     for method in args.method or [settings.method]:
-        no_penalty = method in ("finetune", "freezed")
-        for lam in [0.0] if no_penalty else args.lam or [settings.lam]:
-            name = method if no_penalty else f"{method}_{lam:g}"
+        lams = [0.0] if method in ("finetune", "freezed") else args.lam or [settings.lam]
+        for lam in lams:
+            name = f"{method}_{lam:g}" if len(lams) > 1 else method
             for seed in seeds:
                 folder = f"{name}_seed{seed}" if len(seeds) > 1 else name
                 runs[folder] = name, replace(settings, method=method, lam=lam, seed=seed)
@@ -901,12 +907,14 @@ def run_adapt(args):
     reference = args.reference and to_float(load_images(args.reference, source.resolution, 1000))
     if args.reference and len(reference) < 12:      # half of them must have 5 neighbours each
         raise UserError(f"--reference {args.reference}: needs 12 images, better 1,000")
-    metrics = Metrics(features_of(args.features, args.device), source, to_float(shots), reference)
+    metrics = Metrics(features_of(args.features, args.device), to_float(shots), reference)
     runs = planned_runs(args, settings_from_args(ADAPT[source.arch], args))
     print(f"{len(shots)} images, {source.arch} of {source.resolution} pixels, on {args.device}, "
           f"amp {args.amp}, into {out}: {' '.join(runs)}", flush=True)
-    rows, table, F = {"source": source.generate(8)}, [{"run": "source", **metrics(source)}], {}
-    table += [{"run": "held-out", **metrics.of_reference()}] if args.reference else []
+    table, F, changes = [{"run": "source", **metrics(source)}], {}, {}
+    samples = {"source": source.generate(8)}
+    if args.reference:      # one half against the other: near a perfect G, with half the images
+        table.append({"run": "held-out", **metrics.compare(*metrics.reference.chunk(2))})
     for folder, (name, run) in runs.items():
         folder = out / folder if len(runs) > 1 else out
         folder.mkdir(parents=True, exist_ok=True)
@@ -920,14 +928,16 @@ def run_adapt(args):
 
         gan, F[run.seed], log = adapt(source, shots, run, checkpoint, args.amp,
                                       args.resume and checkpoint.exists(), F.get(run.seed), measure)
-        write_run(folder, source, shots, gan, F[run.seed], log, progress)
-        rows.setdefault(name, gan.generate(8))                  # of several seeds, show the first
+        rows = write_run(folder, source, shots, gan, F[run.seed], log, progress)
+        changes.setdefault(name, rows)                          # of several seeds, show the first
+        samples.setdefault(name, gan.generate(8))
         last = {key: log[-1][key] for key in list(table[0])[1:]} if progress else metrics(gan)
         table.append({"run": name, "seed": run.seed, **last})
     print_table(table)
     if len(runs) > 1:
         write_table(out / "comparison.csv", table)
-        samples_picture(shots, rows.items()).save(out / "comparison.png")
+        samples_picture(shots, samples.items()).save(out / "comparison.png")
+        layers_picture(changes).save(out / "layers.png")
     print(f"{out}: " + "  ".join(sorted(path.name for path in out.iterdir())))
 
 @contextlib.contextmanager

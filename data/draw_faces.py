@@ -12,6 +12,7 @@ import argparse
 import functools
 import itertools
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
 from multiprocessing import get_context
@@ -795,7 +796,8 @@ def _draw_chunks(style, n, seed, resolution, workers=None):
     if workers == 1 or len(jobs) == 1:
         yield from map(_draw_chunk, jobs)
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        ignore = (signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the process that waits
+        with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignore) as pool:
             yield from pool.map(_draw_chunk, jobs)
 
 
@@ -870,6 +872,8 @@ def main(argv=None):
             save_faces(args.style or "photo", args.n, args.seed, args.out, args.resolution)
     except (OSError, ValueError) as problem:    # a folder that can't be written, a wrong ending
         parser.error(str(problem))
+    except KeyboardInterrupt:
+        parser.exit(1, f"{parser.prog}: stopped\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -46,7 +45,7 @@ def drawings(style, n, seed):
 @torch.no_grad()
 def features(images):
     """images [N, 3, 64, 64] -> features [N, 8192] of the shipped D, at 8x8."""
-    layers = ewc_gan.GAN.load(ewc_gan.SOURCE).D.layers[:6]
+    layers = ewc_gan.GAN.load(ewc_gan.SHIPPED["dcgan"]).D.layers[:6]
     return torch.cat([layers(batch).flatten(1) for batch in images.split(100)])
 
 
@@ -68,34 +67,17 @@ def correlations(a, b):
     return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-12)
 
 
-def bars(runs, width=1200, height=260):
-    """One group of bars a factor, one bar a run; runs: {name: correlations [C]}."""
-    colors = ["#1f5fa8", "#c0392b", "#d98e04", "#2e8b57", "#7d3c98", "#17a2b8", "#999999"]
-    sheet, font = Image.new("RGB", (width, height + 60), "white"), ImageFont.load_default(13)
-    pen, names = ImageDraw.Draw(sheet), [*FACTORS, "mean"]
-    group = (width - 20) / len(names)
-    bar = 0.85 * group / len(runs)
-    for r, (run, kept) in enumerate(runs.items()):
-        color = colors[r % len(colors)]
-        pen.rectangle([10 + 170 * r, 8, 22 + 170 * r, 20], color)
-        pen.text((28 + 170 * r, 6), run, "black", font)
-        for i, value in enumerate([*kept.tolist(), kept.mean().item()]):
-            x, top = 10 + i * group + r * bar, 40 + (height - 20) * (1 - max(value, 0))
-            pen.rectangle([x, top, x + bar - 1, height + 20], color)
-    for i, name in enumerate(names):
-        pen.text((10 + i * group, height + 26), name, "black", font)
-    return sheet
-
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("models", nargs="+", type=Path, help="adapted.pt of each run")
     p.add_argument("--style", choices=["emoji", "sketch", "statue"], default="emoji",
                    help="the style of the target (default: emoji)")
-    p.add_argument("--source", type=Path, default=ewc_gan.SOURCE, help="what was adapted")
+    p.add_argument("--source", type=Path, help="what was adapted (default: the shipped source of "
+                   "the first model's family)")
     args = p.parse_args(argv)
-    read, source = probe(args.style), ewc_gan.GAN.load(args.source)
+    family = ewc_gan.GAN.load(args.models[0]).arch
+    read, source = probe(args.style), ewc_gan.GAN.load(args.source or ewc_gan.SHIPPED[family])
     images, truth = drawings(args.style, 1000, 12)
     readings = {"drawings": [correlations(read(images), truth)]}
     before = probe("photo")(source.generate(1000, seed=1))
@@ -110,7 +92,9 @@ def main(argv=None):
                      "mean": kept.mean().item(), "spread": spread})
     out = args.models[0].resolve().parent.parent
     ewc_gan.write_table(out / "factors.csv", rows)
-    bars({run: kept.mean(0) for run, kept in runs.items()}).save(out / "factors.png")
+    bars = {row["run"]: list(row.values())[2:-1] for row in rows}               # and the mean
+    title, names = "correlation, by factor", [*FACTORS, "mean"]
+    ewc_gan.chart([(title, names, bars, 0)], 1200, 240).save(out / "factors.png")
     for row in rows:
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v!s:>14}"
                         for k, v in row.items()))

@@ -41,8 +41,7 @@ from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
 from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-SHIPPED = {arch: Path(__file__).resolve().parent / f"data/source_{arch}.pt"
-           for arch in ("stylegan", "dcgan")}
+SHIPPED = Path(__file__).resolve().parent / "data"      # source_stylegan.pt, source_dcgan.pt
 
 class UserError(ValueError):
     """Something that the user can fix: one line on stderr, and exit code 2."""
@@ -92,7 +91,8 @@ class Adaptation(Training):
     def lr_at(self, step):          # linear decay to 0 at the last step, so that images settle
         return self.lr * (1 - step / self.steps)
 
-ADAPT = {"dcgan": Adaptation(), "stylegan": Adaptation(2400, 4, 5e-3, r1_gamma=0.1, beta1=0.0)}
+ADAPT = {"dcgan": Adaptation(),     # equalised layers, in the StyleGAN, bear a D as fast as G
+         "stylegan": Adaptation(1000, 8, 4e-3, d_lr_ratio=1.0, r1_gamma=0.1, beta1=0.0, lam=2.5e-3)}
 # Pretraining sees thousands of images: larger batches, and a D as fast as G, without augmentation
 PRETRAIN = {"dcgan": Training(24000, 16, d_lr_ratio=1.0, shift=0.0, cutout=0.0, r1_gamma=1.0),
             "stylegan": Training(60000, 16, lr=5e-3, d_lr_ratio=1.0, shift=0.0, cutout=0.0,
@@ -145,8 +145,7 @@ def scaled_fisher(F, quantile=0.99):
     Why: the scale of F depends on how confident D is, and 1% of the weights can have nearly all of
     the sum of F: in the StyleGAN mostly biases that set colours, which a new domain must change.
     The price: the unscaled penalty is the same if a weight is stored as c * theta (its F is then
-    F / c^2); this one is not.  Raises UserError if the capped F is 0 everywhere.
-    """
+    F / c^2); this one is not.  Raises UserError if the capped F is 0 everywhere."""
     values = F.cpu()                                                    # MPS has no kthvalue
     cap = values.kthvalue(math.ceil(quantile * len(values))).values
     mean = values.clamp(max=cap).mean()
@@ -159,8 +158,7 @@ def ewc_penalty(G, theta_S, F):
     """sum_i F_i (theta_i - theta_S,i)^2, without lambda or 1/2: a scalar, differentiable in theta.
 
     theta_S  weights(G).detach() from before the adaptation: a copy, which does not move with G
-    F        fisher_diagonal(G, D, z), or scaled_fisher() of it
-    """
+    F        fisher_diagonal(G, D, z), or scaled_fisher() of it"""
     return F.dot(nnF.mse_loss(weights(G), theta_S, reduction="none"))       # (theta - theta_S)^2
 
 def make_penalty(method, lam, theta_S, F):
@@ -354,8 +352,7 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, F=None, m
     out       where to keep a checkpoint, from which resume=True goes on
     amp       'off', 'bf16' or 'fp16';  F  the Fisher information, if it has been measured before
     metrics   a function of GAN and step that returns {name: number}, called every 400 steps
-    Returns the adapted GAN, F, and the log, a list of one dict for every tenth step.
-    """
+    Returns the adapted GAN, F, and the log, a list of one dict for every tenth step."""
     theta_S = weights(source.G_ema).detach()        # those of G_ema: it makes the better images
     if F is None:
         z = source.z(settings.fisher_samples, settings.seed).to(source.device)
@@ -372,10 +369,10 @@ def adapt(source, images, settings, out=None, amp="off", resume=False, F=None, m
 
 @torch.no_grad()
 def layers(G, theta_S, F):
-    """Which weights changed (the paper's analysis of weight changes): a dict for each layer of G.
-    G is adapted.  A row has 'layer' (a module; a style belongs to its convolution), mean 'fisher',
-    mean absolute 'weight' in theta_S, and 'change' in %: sum |theta - theta_S| / sum |theta_S|, for
-    a mean of the ratios of single weights would depend mostly on weights near 0."""
+    """Which weights changed (the paper's analysis): a dict for each layer of the adapted G: 'layer'
+    (a module; a style belongs to its convolution), mean 'fisher', mean absolute 'weight' in theta_S
+    and 'change' in %: sum |theta - theta_S| / sum |theta_S|, not a mean of single ratios, which
+    would depend mostly on weights near 0."""
     sizes = {name: p.numel() for name, p in G.named_parameters() if p.requires_grad}
     table, groups, rows = torch.stack([weights(G), theta_S, F]), {}, []         # [3, weights]
     for name, part in zip(sizes, table.split(list(sizes.values()), 1)):
@@ -679,8 +676,7 @@ def diversity_and_nearest(features, shots):
 class Metrics:
     """Measures the samples of a GAN: fit to held-out images, then diversity.
     features   of features_of();  shots  images: their mirror images count as shots, as in training
-    reference  held-out images of the target; without them no fit is measured
-    """
+    reference  held-out images of the target; without them no fit is measured"""
     def __init__(self, features, shots, reference=None):
         self.n = 200 if reference is None else 1000
         self.shots = features(torch.cat([shots, shots.flip(3)]))                    # [2 K, C]
@@ -711,7 +707,7 @@ def features_of(judge, device):
             net = squeezenet1_1(weights=SqueezeNet1_1_Weights.IMAGENET1K_V1, progress=False)
         net = net.features.to(device).eval().requires_grad_(False)
     else:
-        net = GAN.load(SHIPPED["dcgan"], device).D.layers.requires_grad_(False)
+        net = GAN.load(SHIPPED / "source_dcgan.pt", device).D.layers.requires_grad_(False)
 
     def features(x):
         if judge == "squeezenet":
@@ -763,8 +759,8 @@ def chart(panels, width=1100, height=120):
         for r, (run, row, color) in enumerate(zip(runs, heights.tolist(), colors)):
             pen.text((300 + 130 * r, end - height - 26), run, color, font)
             for i, h in enumerate(row):
-                x, bar = 60 + group * (i + 0.8 * r / len(runs)), 0.8 * group / len(runs)
-                pen.rectangle([x, end - h, x + bar, end], color)
+                x = 60 + group * (i + 0.8 * r / len(runs))
+                pen.rectangle([x, end - h, x + 0.8 * group / len(runs), end], color)
         for i in range(0, len(names), math.ceil(40 / group)):
             pen.text((60 + i * group, end + 2), str(names[i]), "black", font)
     return sheet
@@ -806,8 +802,7 @@ def print_table(table):
         print("".join(f"{cell:>18}" for cell in cells))
 
 def write_run(out, source, shots, gan, F, log, progress):
-    """All pictures and tables of one run.  progress: {step: samples of the same z}.  Returns the
-    rows of layers()."""
+    """All pictures and tables of one run; progress: {step: samples}.  Returns layers()'s rows."""
     before, after = source.generate(16), gan.generate(16)
     samples_picture(shots, [("source", before[:8]), ("adapted", after[:8]), ("source", before[8:]),
                             ("adapted", after[8:])]).save(out / "samples.png")
@@ -858,7 +853,7 @@ def parse_arguments(argv):
     p = Parser("python ewc_gan.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--target", type=Path, metavar="DIR", help="the few images to adapt to")
-    p.add_argument("--source", type=Path, metavar="FILE", default=SHIPPED["stylegan"],
+    p.add_argument("--source", type=Path, metavar="FILE", default=SHIPPED / "source_stylegan.pt",
                    help="a model of pretrain_source.py (default: data/source_stylegan.pt)")
     p.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/TARGET)")
     p.add_argument("--shots", type=int, metavar="K", help="use the first K images (default: all)")
@@ -911,8 +906,8 @@ def run_adapt(args):
     runs = planned_runs(args, settings_from_args(ADAPT[source.arch], args))
     print(f"{len(shots)} images, {source.arch} of {source.resolution} pixels, on {args.device}, "
           f"amp {args.amp}, into {out}: {' '.join(runs)}", flush=True)
-    table, F, changes = [{"run": "source", **metrics(source)}], {}, {}
-    samples = {"source": source.generate(8)}
+    table, F, samples, changes = [{"run": "source", **metrics(source)}], {}, {}, {}
+    samples["source"] = source.generate(8)
     if args.reference:      # one half against the other: near a perfect G, with half the images
         table.append({"run": "held-out", **metrics.compare(*metrics.reference.chunk(2))})
     for folder, (name, run) in runs.items():

@@ -45,7 +45,7 @@ def drawings(style, n, seed):
 @torch.no_grad()
 def features(images):
     """images [N, 3, 64, 64] -> features [N, 8192] of the shipped D, at 8x8."""
-    layers = ewc_gan.GAN.load(ewc_gan.SHIPPED["dcgan"]).D.layers[:6]
+    layers = ewc_gan.GAN.load(ewc_gan.SHIPPED / "source_dcgan.pt").D.layers[:6]
     return torch.cat([layers(batch).flatten(1) for batch in images.split(100)])
 
 
@@ -77,7 +77,8 @@ def main(argv=None):
                    "the first model's family)")
     args = p.parse_args(argv)
     family = ewc_gan.GAN.load(args.models[0]).arch
-    read, source = probe(args.style), ewc_gan.GAN.load(args.source or ewc_gan.SHIPPED[family])
+    source = ewc_gan.GAN.load(args.source or ewc_gan.SHIPPED / f"source_{family}.pt")
+    read = probe(args.style)
     images, truth = drawings(args.style, 1000, 12)
     readings = {"drawings": [correlations(read(images), truth)]}
     before = probe("photo")(source.generate(1000, seed=1))

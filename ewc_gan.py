@@ -14,9 +14,8 @@ their values in the source, theta_S:
     F_i     = E_z[ (d log D(G(z)) / d theta_i)^2 ]                       D: the source's, frozen
     L_adapt = L_adv + lambda * sum_i F_i (theta_i - theta_S,i)^2
 
-So the images take on the look of the target and keep the diversity of the source.  The method is
-in the first three sections: stop reading at "Networks" if that is what you came for.  What differs
-from the paper is a table in README.md: above all, F is capped and divided by its mean.
+So the images take on the target's look and keep the source's diversity.  The method ends where
+"Networks" begins.  What differs from the paper, such as the scale of F, is a table in README.md.
 """
 import argparse
 import contextlib
@@ -123,8 +122,7 @@ def fisher_diagonal(G, D, z):
     importance measure).  One sample at a time, because each gradient must be squared before the
     mean is taken: the square of a batch's mean gradient is smaller, and shrinks as the batch grows.
     Always in float32, also inside autocast and no_grad: half precision rounds the square of a
-    gradient of 1e-4 to zero.  Both networks are copied and put in eval mode, so neither is changed.
-    """
+    gradient of 1e-4 to zero.  Both networks are copied and put in eval mode: neither changes."""
     if len(z) == 0:
         raise UserError("the Fisher information is a mean over samples: give at least one z")
     G, D = copy.deepcopy(G).eval(), copy.deepcopy(D).eval().requires_grad_(False)
@@ -279,10 +277,10 @@ class Trainer:
         self.scaler.step(optimizer)
 
     def train(self, images, label, out=None, resume=False, metrics=None, every=400, **same):
-        """Train to the last step.  Returns the log: a dict of the losses for every tenth step, and
-        what metrics(gan, step) returns for every `every`-th.  `out`: a checkpoint, written about
-        every ten seconds; resume=True goes on from it (one CPU process: bit for bit).  `same`: what
-        a resumed run must share with the first, like the images and all settings except steps."""
+        """Train to the last step.  Returns the log, a dict of losses for every tenth step, and of
+        metrics(gan, step) for every `every`-th.  `out`: a checkpoint, written about every ten
+        seconds; resume=True goes on from it (one CPU process: bit for bit).  `same`: what the
+        resumed run must share with the first, like the images and all settings except steps."""
         same = {**asdict(self.settings), "steps": None, "amp": self.amp, **same,
                 "images": zlib.crc32(images.cpu().contiguous().numpy())}
         if resume:
@@ -387,9 +385,8 @@ def layers(G, theta_S, F):
 # Two families of about a million weights at 64x64.  In eval mode, images and logits do not depend
 # on the rest of the batch: F, a mean over single samples, needs that.
 class DCGANGenerator(nn.Sequential):
-    """z [N, z_dim] -> image [N, 3, R, R] in (-1, 1): a DCGAN (Radford et al. 2016), five layers at
-    64 pixels.  BatchNorm sees each batch while the source is pretrained; after that it stays in
-    eval mode, as a fixed scale and shift of each channel."""
+    """z [N, z_dim] -> image [N, 3, R, R] in (-1, 1): a DCGAN (Radford et al. 2016).  BatchNorm sees
+    each batch while the source is pretrained, and stays in eval mode after that."""
     def __init__(self, z_dim, channels):
         super().__init__()
         convs = [nn.ConvTranspose2d(z_dim, channels[0], 4, bias=False)]                 # 1 -> 4
@@ -674,9 +671,8 @@ def diversity_and_nearest(features, shots):
     return float(sum(distances) / max(len(distances), 1)), float(nearest.values.mean())
 
 class Metrics:
-    """Measures the samples of a GAN: fit to held-out images, then diversity.
-    features   of features_of();  shots  images: their mirror images count as shots, as in training
-    reference  held-out images of the target; without them no fit is measured"""
+    """Measures the samples of a GAN: fit to held-out images, if there are any, then diversity.
+    features: of features_of().  As training mirrors the shots, mirror images count as shots."""
     def __init__(self, features, shots, reference=None):
         self.n = 200 if reference is None else 1000
         self.shots = features(torch.cat([shots, shots.flip(3)]))                    # [2 K, C]
@@ -698,10 +694,9 @@ class Metrics:
 
 def features_of(judge, device):
     """A function, images float [N, 3, R, R] in [-1, 1] -> features [N, C] of a network, pooled.
-    judge: 'squeezenet', torchvision's, trained on ImageNet, which is independent of the runs, or
+    judge: 'squeezenet', torchvision's, trained on ImageNet, which is independent of all runs, or
     'discriminator', the last two stages of the shipped DCGAN's D, with the channels at each place
-    scaled to length 1, as in LPIPS (Zhang et al. 2018): nothing to download, but not independent.
-    """
+    scaled to length 1, as in LPIPS (Zhang et al. 2018): no download, but it knows the source."""
     if judge == "squeezenet":
         with reading("--features squeezenet", "downloaded yet (go online once, 5 MB)"):
             net = squeezenet1_1(weights=SqueezeNet1_1_Weights.IMAGENET1K_V1, progress=False)

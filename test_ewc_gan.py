@@ -79,8 +79,7 @@ def run(*argv, program=ewc_gan):
     except SystemExit as stop:
         return stop.code
 
-# --------------------------------------------------------------------------------------------------
-# Fisher information
+# ---------- Fisher information --------------------------------------------------------------------
 def test_exercise_3_fisher_in_closed_form():
     """G(z) = W z, D(x) = A x: d sum log sigmoid(A W z) / dW_jk = (sigmoid(-A W z) A)_j z_k."""
     for logits, noise, says in (
@@ -144,13 +143,11 @@ def test_exercise_3_fisher_keeps_the_graph_of_one_sample_at_a_time():
             ewc_gan.fisher_diagonal(gan.G, gan.D, torch.randn(n, 8))
     check(0 < most[1] <= most[0], "graphs of earlier samples are kept: memory grows with N")
 
-# --------------------------------------------------------------------------------------------------
-# Penalty and losses
+# ---------- Penalty and losses --------------------------------------------------------------------
 def test_weights_are_a_differentiable_float32_copy_in_the_order_of_the_parameters():
-    """Each with its second dimension last, also where there is none."""
     G = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Linear(3, 2).half())
     G[0].bias.requires_grad_(False)
-    G[1].gain = nn.Parameter(torch.tensor(7.0))         # Linear's own are (weight, bias)
+    G[1].gain = nn.Parameter(torch.tensor(7.0))                     # channels are last:
     theta, expected = weights(G), [G[0].weight.permute(0, 2, 3, 1), *G[1].parameters()]
     expected = torch.cat([p.reshape(-1).float() for p in expected])
     with torch.no_grad():
@@ -217,8 +214,7 @@ def test_exercise_2_r1_in_closed_form():
     close(torch.autograd.grad(r1, c)[0], 8 * c.detach() * size, "the gradient of R1 in D is wrong")
     check(not x.requires_grad, "the caller's images were changed: detach them first")
 
-# --------------------------------------------------------------------------------------------------
-# Networks
+# ---------- Networks ------------------------------------------------------------------------------
 @each_arch
 @torch.no_grad()
 def test_networks_have_their_sizes_and_couple_no_images(arch):
@@ -261,8 +257,7 @@ def test_minibatch_std_against_numpy():
     layer.running_std.fill_(5)
     assert (layer.eval()(x)[:, 3] == 5).all(), "in eval mode the running mean takes its place"
 
-# --------------------------------------------------------------------------------------------------
-# Training and adaptation; more in the last section
+# ---------- Training and adaptation; more in the last section -------------------------------------
 @each_arch
 def test_adaptation_trains_D_and_holds_G_back_and_leaves_the_source_alone(arch):
     """In freezed, D's features of 8x8 and larger stay: the weights after them have these names."""
@@ -394,8 +389,7 @@ def test_exercise_5_layer_changes_by_hand():
     close(rows[0]["change"], 100 * (1 + 1) / (1 + 3 + 4), "'change' is not "
           "sum |theta - theta_S| / sum |theta_S| in %, or a mean of single ratios")
 
-# --------------------------------------------------------------------------------------------------
-# Measures
+# ---------- Measures ------------------------------------------------------------------------------
 def test_frechet_distance_against_numpy():
     """|mu_a - mu_b|^2 + tr(C_a) + tr(C_b) - 2 sum of the roots of the eigenvalues of C_a C_b."""
     torch.manual_seed(0)
@@ -453,13 +447,20 @@ def test_judges_by_their_definitions(monkeypatch):
         features = ewc_gan.features_of(judge, "cpu")(images.repeat(40, 1, 1, 1))
         close(features[-3:], expected, judge, atol=1e-5)
 
-# --------------------------------------------------------------------------------------------------
-# Images, files, bad input
-def test_load_images_of_every_mode(tmp_path, monkeypatch):
+def test_bars_of_a_chart_are_as_high_as_their_values():
+    sheet = np.array(ewc_gan.chart([("t", ["a", "b"], {"x": [0.0, 4.0], "y": [3.0, math.nan]}, 1)],
+                                   width=500, height=90))
+    for color, x, expected in ((0x1f5fa8, 100, 0), (0xd9822b, 220, 60), (0x1f5fa8, 300, 90)):
+        column = sheet[30:, x].astype(int) @ [0x10000, 0x100, 1]
+        assert abs((column == color).sum() - expected) <= 1
+
+# ---------- Images, files, bad input --------------------------------------------------------------
+def test_load_images_of_every_mode(tmp_path, monkeypatch, capsys):
     """One grey-level ramp, stored in many ways, must come back as the same pixels."""
     ramp = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
-    grey, opaque, turned = Image.fromarray(ramp), Image.new("L", (16, 16), 255), Image.Exif()
-    turned[0x0112] = 6                                              # turned by 90 degrees
+    grey, opaque = Image.fromarray(ramp), Image.new("L", (16, 16), 255)
+    turned = (b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"     # by 90 degrees
+              b"\x90\0\0\x0b\0\0\0\x01\xff\xff\xff\xff\0\0\0\0")         # and an odd tag
     for name, image in {
             "a.png": grey, "b.png": grey.convert("P"), "d/e/e.tif": grey.convert("CMYK"),
             "c.PNG": Image.merge("RGBA", [grey] * 3 + [opaque]), "more/g.tga": grey,
@@ -470,8 +471,10 @@ def test_load_images_of_every_mode(tmp_path, monkeypatch):
         image.save(tmp_path / name)
     grey.rotate(90).convert("RGB").save(tmp_path / "d" / "f.png", exif=turned)
     (tmp_path / "d" / "linked").symlink_to(tmp_path / "more")
-    (tmp_path / ".hidden.png").write_text("not an image")
+    for name in (".hidden.png", "phone.heic", "notes.txt"):
+        (tmp_path / name).write_text("not an image")
     images = load_images(tmp_path, 16)
+    assert capsys.readouterr().out.endswith("left out: .heic .txt\n")
     assert images.shape == (10, 3, 16, 16) and images.dtype == torch.uint8
     assert (images[9] == 255).all(), "transparent pixels lie on white"
     close(images[:9], torch.from_numpy(ramp).expand(9, 3, 16, 16), "ramp", rtol=0, atol=3)
@@ -519,8 +522,7 @@ def bad_world(tmp_path_factory):
     (ewc_gan, ["--target", "cut"], "a b.png"), (ewc_gan, [], "--target"),
     *((ewc_gan, [*GOOD, option, value], option) for option, value in [
         ("--steps", "1.5"), ("--lam", "inf"), ("--method", "magic"), ("--step", "3"),
-        ("--generate", "3"), ("--features", "squeezenet")]),
-    (ewc_gan, [*GOOD, "--fisher-samples", "0"], "must be 1 or more"),
+        ("--generate", "3"), ("--features", "squeezenet"), ("--fisher-samples", "0")]),
     (ewc_gan, [*GOOD, "--out", "two"], "lies in two"), (ewc_gan, [*GOOD, "--out", "file"], "file"),
     (ewc_gan, [*GOOD, "--out", "run", "--resume"], "run/adapted.pt: not a checkpoint that this"),
     *((ewc_gan, ["--target", "two", "--source", f"{name}.pt"], f"{name}.pt")
@@ -537,8 +539,7 @@ def test_bad_input_gets_one_line_and_code_2_and_loses_nothing(program, argv, say
     assert before == {path: path.read_bytes() for path in bad_world.rglob("*.p*")}
     assert not Path("hacked").exists(), "code in a checkpoint was run"
 
-# --------------------------------------------------------------------------------------------------
-# What ships: drawn faces, sources, README, programs
+# ---------- What ships: drawn faces, sources, README, programs ------------------------------------
 def test_faces_depend_on_seed_and_index_alone_and_the_ten_shot_sets_are_what_is_drawn():
     five, three, other = (draw_faces.draw_faces("photo", n, seed, workers=1)
                           for n, seed in ((5, 3), (3, 3), (3, 4)))
@@ -616,26 +617,25 @@ def table_of(path):
 
 def test_the_main_job_and_its_sequel(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run("--target", SHOTS, *TOY_RUN) == 0 and "ewc 12/12" in capsys.readouterr().out
     out = Path("out/10shot")
+    assert run("--target", SHOTS, *TOY_RUN) == 0 and "ewc 12/12" in capsys.readouterr().out
     files = "samples.png progress.png layers.png layers.csv curves.png log.csv interpolation.gif"
     assert {p.name for p in out.iterdir()} == {*files.split(), "adapted.pt", "config.json"}
     assert [row["step"] for row in table_of(out / "log.csv")] == ["10", "12"]
     source, gan = GAN.load(SOURCE), GAN.load(out / "adapted.pt")
-    before, after = source.generate(16), gan.generate(16)
-    rows = [("source", before[:8]), ("adapted", after[:8]), ("source", before[8:]),
-            ("adapted", after[8:])]
+    pair = ("source", source.generate(16)), ("adapted", gan.generate(16))
+    rows = [(name, images[i:i + 8]) for i in (0, 8) for name, images in pair]
     expected = ewc_gan.samples_picture(load_images(SHOTS, 64), rows)
     assert np.array_equal(Image.open(out / "samples.png"), expected)
-    assert not torch.equal(before, after) and Image.open(out / "interpolation.gif").n_frames > 20
+    assert not torch.equal(*dict(pair).values()) and Image.open(out / "interpolation.gif").n_frames > 20
     F = ewc_gan.fisher_diagonal(source.G_ema, source.D, source.z(2, 0))
     rows = ewc_gan.layers(gan.G_ema, weights(source.G_ema), F)
     for row, written in zip(rows, table_of(out / "layers.csv"), strict=True):
-        for name in ("change", "fisher"):
-            assert float(written[name]) == pytest.approx(row[name]), "of G_ema, not of G"
+        assert float(written["change"]) == pytest.approx(row["change"]), "of G_ema, not of G"
+        assert float(written["fisher"]) == pytest.approx(row["fisher"])
     assert run("--checkpoint", out / "adapted.pt", "--generate", 3, "--out", "more") == 0
     assert {p.name for p in Path("more").iterdir()} == {f"seed0_0000{i}.png" for i in range(3)}
-    close(ewc_gan.to_float(load_images("more", 64)), after[:3], "images as files", atol=0.005)
+    close(ewc_gan.to_float(load_images("more", 64)), pair[1][1][:3], "images as files", atol=0.005)
 
 def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys, monkeypatch):
     """The figures in comparison.csv are those of the models in its folders; --resume repeats it."""
@@ -655,7 +655,8 @@ def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys, monkeypat
         assert {key: float(row[key]) for key in measured} == pytest.approx(measured, rel=1e-3)
     values = [float(row["frechet"]) for row in table[4:]]
     assert f"{np.mean(values):.3g} ±{np.std(values, ddof=1):.2g}" in printed
-    assert (out / "comparison.png").exists() and run(*argv, "--resume") == 0
+    assert (out / "comparison.png").exists() and (out / "layers.png").exists()
+    assert run(*argv, "--resume") == 0
     assert table_of(out / "comparison.csv") == table
 
 def test_settings_of_the_runs_of_a_command():
@@ -672,8 +673,7 @@ def test_settings_of_the_runs_of_a_command():
     settings = ewc_gan.PRETRAIN["dcgan"]                # its lr: over the root of 1 + step / 3000
     assert settings.lr_at(0) == 2e-3 and settings.lr_at(9000) == pytest.approx(1e-3)
 
-# --------------------------------------------------------------------------------------------------
-# Exercises: a student's copy has the bodies of the functions in EXERCISES replaced
+# ---------- Exercises: a student's copy has the bodies of these functions replaced ----------------
 def without_solutions(source, numbers=EXERCISES):
     """The text of ewc_gan.py with the bodies of the exercises' functions replaced."""
     lines, exercise = source.splitlines(), {name: n for n in numbers for name in EXERCISES[n]}
@@ -690,14 +690,11 @@ def make_student_copy(folder):
     if folder.exists():
         sys.exit(f"test_ewc_gan.py: {folder} exists; name a new folder")
     shutil.copytree(HERE / "data", folder / "data", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("ewc_gan.py", "pretrain_source.py", "test_ewc_gan.py", "requirements.txt",
-                 "README.md", "LICENSE"):
-        shutil.copy(HERE / name, folder)
-    program, tests, readme = (folder / name for name in ("ewc_gan.py", "test_ewc_gan.py",
-                                                         "README.md"))
+    names = "ewc_gan.py test_ewc_gan.py README.md pretrain_source.py requirements.txt LICENSE"
+    program, tests, readme, *_ = (Path(shutil.copy(HERE / name, folder)) for name in names.split())
     program.write_text(without_solutions(program.read_text()))
     readme.write_text(re.sub(r"#L\d+", "", readme.read_text()))     # the lines are others there
-    tests.write_text(tests.read_text().partition("\n# Solutions")[0] + "\n")
+    tests.write_text(tests.read_text().partition("\n# ---------- Solutions")[0] + "\n")
     print(f"{folder}: the student's copy; grade with: python -m pytest -k exercise_1 -x -q")
 
 def skipping(function):
@@ -720,8 +717,7 @@ if __name__ == "__main__":
         sys.exit("usage: python test_ewc_gan.py --student DIR;  to run the tests: python -m pytest")
     make_student_copy(sys.argv[2])
 
-# --------------------------------------------------------------------------------------------------
-# Solutions: tests that contain one.  A student's copy ends before them
+# ---------- Solutions: tests that contain one.  A student's copy ends here ------------------------
 @each_arch
 def test_fisher_equals_per_sample_gradients_of_torch_func(arch):
     gan, z = small_gan(arch), torch.randn(6, 8)

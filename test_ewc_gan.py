@@ -623,11 +623,11 @@ def test_the_main_job_and_its_sequel(tmp_path, monkeypatch, capsys):
     assert {p.name for p in out.iterdir()} == {*files.split(), "adapted.pt", "config.json"}
     assert [row["step"] for row in table_of(out / "log.csv")] == ["10", "12"]
     source, gan = GAN.load(SOURCE), GAN.load(out / "adapted.pt")
-    pair = ("source", source.generate(16)), ("adapted", gan.generate(16))
-    rows = [(name, images[i:i + 8]) for i in (0, 8) for name, images in pair]
-    expected = ewc_gan.samples_picture(load_images(SHOTS, 64), rows)
+    before, after = source.generate(16), gan.generate(16)
+    rows = [("source", before[:8]), ("adapted", after[:8]), ("source", before[8:])]
+    expected = ewc_gan.samples_picture(load_images(SHOTS, 64), [*rows, ("adapted", after[8:])])
     assert np.array_equal(Image.open(out / "samples.png"), expected)
-    assert not torch.equal(*dict(pair).values()) and Image.open(out / "interpolation.gif").n_frames > 20
+    assert not torch.equal(before, after) and Image.open(out / "interpolation.gif").n_frames > 20
     F = ewc_gan.fisher_diagonal(source.G_ema, source.D, source.z(2, 0))
     rows = ewc_gan.layers(gan.G_ema, weights(source.G_ema), F)
     for row, written in zip(rows, table_of(out / "layers.csv"), strict=True):
@@ -635,7 +635,7 @@ def test_the_main_job_and_its_sequel(tmp_path, monkeypatch, capsys):
         assert float(written["fisher"]) == pytest.approx(row["fisher"])
     assert run("--checkpoint", out / "adapted.pt", "--generate", 3, "--out", "more") == 0
     assert {p.name for p in Path("more").iterdir()} == {f"seed0_0000{i}.png" for i in range(3)}
-    close(ewc_gan.to_float(load_images("more", 64)), pair[1][1][:3], "images as files", atol=0.005)
+    close(ewc_gan.to_float(load_images("more", 64)), after[:3], "images as files", atol=0.005)
 
 def test_a_comparison_measures_what_it_leaves_behind(tmp_path, capsys, monkeypatch):
     """The figures in comparison.csv are those of the models in its folders; --resume repeats it."""

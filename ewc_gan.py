@@ -629,7 +629,7 @@ def load_images(folder, resolution, limit=None):
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = [Path(folder, name) for name in glob.glob("**/*.*", root_dir=folder, recursive=True)]
     paths = sorted(path for path in files if path.suffix.lower() in readable)
-    if not paths:
+    if not paths[:limit]:
         raise UserError(f"{folder}: no such folder, or no images in it that Pillow can read")
     if others := {path.suffix for path in files if path.is_file()} - {p.suffix for p in paths}:
         print(f"{folder}: files of other types are left out: {' '.join(sorted(others))}")
@@ -743,7 +743,7 @@ def chart(panels, width=1100, height=120):
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     colors = "#1f5fa8", "#d9822b", "#3f8f5f", "#a23b72", "#777777", "#c8b400"
     for end, (title, names, runs, foot) in zip(range(height + 34, 10**6, height + 60), panels):
-        table = torch.tensor(list(runs.values())).nan_to_num(foot)      # nan: of equal samples
+        table = torch.tensor(list(runs.values())).nan_to_num(foot, foot)    # of ratios to zero
         high, group = float(table.max()), (width - 68) / len(names)
         heights = (table - foot).clamp(min=0) * (height / (high - foot or 1))   # [runs, names]
         pen.text((60, end - height - 26), title, "black", font)
@@ -751,7 +751,7 @@ def chart(panels, width=1100, height=120):
             y, value = end - part * height, foot + part * (high - foot)
             pen.text((52, y), f"{value:.3g}", "black", font, anchor="rm")
             pen.line([56, y, width, y], "#dddddd")
-        for r, (run, row, color) in enumerate(zip(runs, heights.tolist(), colors)):
+        for r, (run, row, color) in enumerate(zip(runs, heights.tolist(), colors * 9)):
             pen.text((300 + 130 * r, end - height - 26), run, color, font)
             for i, h in enumerate(row):
                 x = 60 + group * (i + 0.8 * r / len(runs))

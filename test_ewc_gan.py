@@ -448,7 +448,7 @@ def test_judges_by_their_definitions(monkeypatch):
         close(features[-3:], expected, judge, atol=1e-5)
 
 def test_bars_of_a_chart_are_as_high_as_their_values():
-    sheet = np.array(ewc_gan.chart([("t", ["a", "b"], {"x": [0.0, 4.0], "y": [3.0, math.nan]}, 1)],
+    sheet = np.array(ewc_gan.chart([("t", ["a", "b"], {"x": [0.0, 4.0], "y": [3.0, math.inf]}, 1)],
                                    width=500, height=90))
     for color, x, expected in ((0x1f5fa8, 100, 0), (0xd9822b, 220, 60), (0x1f5fa8, 300, 90)):
         column = sheet[30:, x].astype(int) @ [0x10000, 0x100, 1]

@@ -791,8 +791,7 @@ def _draw_chunk(job):
 def _draw_chunks(style, n, seed, resolution, workers=None):
     """Faces 0..n-1 of a seed in runs of CHUNK, in order, drawn side by side where it pays."""
     workers = workers or os.cpu_count() or 1
-    jobs = [(style, seed, start, min(start + CHUNK, n), resolution)
-            for start in range(0, n, CHUNK)]
+    jobs = [(style, seed, start, min(start + CHUNK, n), resolution) for start in range(0, n, CHUNK)]
     if workers == 1 or len(jobs) == 1:
         yield from map(_draw_chunk, jobs)
     else:
@@ -837,7 +836,6 @@ def whole(low, high):
 
 class OneLineParser(argparse.ArgumentParser):
     """Argparse without the usage text: a mistake is told in one line."""
-
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
@@ -847,15 +845,13 @@ def parse_arguments(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--style", choices=STYLES, help="default: photo; all styles on a --sheet")
     parser.add_argument("--n", type=whole(1, 10**6), default=64, help="faces; default: 64")
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=1,
-                        help="which people to draw; default: 1")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=1, help="people; default: 1")
     parser.add_argument("--resolution", type=whole(32, 256), default=64,
                         help="pixels along a side, 32..256; default: 64")
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument("--out", type=Path, metavar="DIR", help="write n faces into this folder")
     job.add_argument("--sheet", type=Path, metavar="FILE.png", help="write one contact sheet")
-    job.add_argument("--ten-shot", action="store_true",
-                     help="write the 10-shot target sets next to this script")
+    job.add_argument("--ten-shot", action="store_true", help="write the sets data/10shot*")
     return parser, parser.parse_args(argv)
 
 

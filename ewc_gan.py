@@ -848,8 +848,8 @@ def parse_arguments(argv):
     p = Parser("python ewc_gan.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--target", type=Path, metavar="DIR", help="the few images to adapt to")
-    p.add_argument("--source", type=Path, metavar="FILE", default=SHIPPED / "source_stylegan.pt",
-                   help="a model of pretrain_source.py (default: data/source_stylegan.pt)")
+    p.add_argument("--source", type=Path, metavar="FILE", default=SHIPPED / "source_dcgan.pt",
+                   help="a model of pretrain_source.py (default: data/source_dcgan.pt)")
     p.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/TARGET)")
     p.add_argument("--shots", type=int, metavar="K", help="use the first K images (default: all)")
     p.add_argument("--resume", action="store_true", help="go on with runs that were stopped")

@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE / "data"))
 import draw_faces  # noqa: E402
 import factors  # noqa: E402
 
-SHOTS, SOURCE = HERE / "data" / "10shot", ewc_gan.SHIPPED / "source_stylegan.pt"
+SHOTS, SOURCE = HERE / "data" / "10shot", ewc_gan.SHIPPED / "source_dcgan.pt"
 IMAGES = load_images(SHOTS, 32)
 TOY = Adaptation(steps=4, batch_size=2, fisher_samples=4, method="raw", lam=100.0, r1_every=2)
 GOOD = ["--target", "two", "--source", "good.pt"]       # in the folder bad_world
@@ -437,7 +437,7 @@ def test_judges_by_their_definitions(monkeypatch):
     images, net = ewc_gan.to_float(load_images(SHOTS, 64, 3)), ewc_gan.squeezenet1_1().eval()
     monkeypatch.setattr(ewc_gan, "squeezenet1_1", lambda **_: net)      # with random weights
     maps = [images]
-    for conv in GAN.load(ewc_gan.SHIPPED / "source_dcgan.pt").D.layers[:-1:2]:
+    for conv in GAN.load(SOURCE).D.layers[:-1:2]:
         maps.append(nn.functional.leaky_relu(conv(maps[-1]), 0.2))
     of_8x8, of_4x4 = ((m / m.norm(dim=1, keepdim=True)).mean((2, 3)) for m in maps[3:])
     mean, std = torch.tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]

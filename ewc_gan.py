@@ -740,7 +740,7 @@ def samples_picture(shots, rows):
 def chart(panels, width=1100, height=120):
     """Bars, in panels one below the other: [(title, names, {run: values}, foot of the bars)]."""
     sheet = Image.new("RGB", (width, (height + 60) * len(panels)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     colors = "#1f5fa8", "#d9822b", "#3f8f5f", "#a23b72", "#777777", "#c8b400"
     for end, (title, names, runs, foot) in zip(range(height + 34, 10**6, height + 60), panels):
         table = torch.tensor(list(runs.values())).nan_to_num(foot, foot)    # of ratios to zero

@@ -1,6 +1,6 @@
 """Few-shot image generation with Elastic Weight Consolidation (EWC), in one file.
 
-    python ewc_gan.py --target data/10shot                    # adapt the shipped source
+    python ewc_gan.py --target data/10shot                    # adapt the shipped DCGAN
     python ewc_gan.py --target DIR --source FILE --out DIR    # your images, your source
     python ewc_gan.py --target DIR --method finetune l2 ewc --seed 0 1 2 --reference DIR
     python ewc_gan.py --checkpoint out/10shot/adapted.pt --generate 500 --out DIR
@@ -101,7 +101,7 @@ PRETRAIN = {"dcgan": Training(24000, 16, d_lr_ratio=1.0, shift=0.0, cutout=0.0, 
 # Nothing here depends on the networks below: any two modules G and D will do for which D(G(z)) is a
 # logit, so that D's probability of "real" is sigmoid(D(x)).
 def as_vector(tensors):
-    """Tensors as one float32 vector, with channels last, as they lie in memory: this is faster."""
+    """Tensors as one float32 vector, each with dimension 1 (channels) last, as it is in memory."""
     return torch.cat([(t.movedim(1, -1) if t.ndim > 1 else t).flatten().float() for t in tensors])
 
 def weights(G):
@@ -115,8 +115,8 @@ def fisher_diagonal(G, D, z):
 
     G  generator, z [1, ...] -> images;  D  discriminator of its domain, images -> logits;
     z  [N, ...], the samples over which the mean is taken.  If G draws noise of its own, fix it.
-    Returns one float32 vector, as_vector() of the F of each weight in weights(G), without a graph;
-    0 where a weight has no effect.  Raises UserError if there is no z.
+    Returns one float32 vector without a graph, F_i beside theta_i of weights(G); 0 where a weight
+    has no effect.  Raises UserError if there is no z.
 
     A GAN has no likelihood that can be computed, so log D(G(z)) stands in for it (the paper's
     importance measure).  One sample at a time, because each gradient must be squared before the
@@ -157,11 +157,10 @@ def ewc_penalty(G, theta_S, F):
 
     theta_S  weights(G).detach() from before the adaptation: a copy, which does not move with G
     F        fisher_diagonal(G, D, z), or scaled_fisher() of it"""
-    return F.dot(nnF.mse_loss(weights(G), theta_S, reduction="none"))       # (theta - theta_S)^2
+    return F.dot(nnF.mse_loss(weights(G), theta_S, reduction="none"))   # (theta - theta_S)^2, fast
 
 def make_penalty(method, lam, theta_S, F):
-    """lambda * ewc_penalty as a function of G, or None.  l2 is the control: each F_i is 1, which is
-    the mean of the scaled F.  If it does as well as ewc, F does not help."""
+    """lambda * ewc_penalty as a function of G, or None.  l2, each F_i = 1, tells if F helps."""
     if method in ("finetune", "freezed") or lam == 0:
         return None
     F = {"ewc": scaled_fisher, "l2": torch.ones_like, "raw": lambda F: F}[method](F)
@@ -277,10 +276,9 @@ class Trainer:
         self.scaler.step(optimizer)
 
     def train(self, images, label, out=None, resume=False, metrics=None, every=400, **same):
-        """Train to the last step.  Returns the log, a dict of losses for every tenth step, and of
-        metrics(gan, step) for every `every`-th.  `out`: a checkpoint, written about every ten
-        seconds; resume=True goes on from it (one CPU process: bit for bit).  `same`: what the
-        resumed run must share with the first, like the images and all settings except steps."""
+        """Train to the last step.  Returns the log: a dict of losses for every tenth step, with
+        metrics(gan, step) for every `every`-th.  `out`: a checkpoint, written every ten seconds;
+        resume=True goes on from it, with the same settings, images and `same`."""
         same = {**asdict(self.settings), "steps": None, "amp": self.amp, **same,
                 "images": zlib.crc32(images.cpu().contiguous().numpy())}
         if resume:
@@ -616,8 +614,8 @@ def load_images(folder, resolution, limit=None):
     links are followed.  Raises UserError if there are none, or one cannot be read."""
     def read(path):
         with reading(path, "an image that Pillow can read"), Image.open(path) as file:
-            file.getexif(), file.info.pop("exif", None)     # else an odd tag is an error in
-            image = ImageOps.exif_transpose(file)           # exif_transpose; turns the image
+            file.getexif(), file.info.pop("exif", None)     # read, but not rewritten: odd tags fail
+            image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):              # 16 bits, which convert("RGB") would clip
                 image = image.convert("I").point(lambda value: value / 257)
             if image.has_transparency_data:             # on white
@@ -627,12 +625,13 @@ def load_images(folder, resolution, limit=None):
             return pil_to_tensor(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS))
 
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = [Path(folder, name) for name in glob.glob("**/*.*", root_dir=folder, recursive=True)]
-    paths = sorted(path for path in files if path.suffix.lower() in readable)
+    found = (Path(folder, name) for name in glob.glob("**/*.*", root_dir=folder, recursive=True))
+    files = sorted(path for path in found if path.is_file())
+    paths = [path for path in files if path.suffix.lower() in readable]
+    if others := {path.suffix for path in files} - {path.suffix for path in paths}:
+        print(f"{folder}: files of other types are left out: {' '.join(sorted(others))}")
     if not paths[:limit]:
         raise UserError(f"{folder}: no such folder, or no images in it that Pillow can read")
-    if others := {path.suffix for path in files if path.is_file()} - {p.suffix for p in paths}:
-        print(f"{folder}: files of other types are left out: {' '.join(sorted(others))}")
     with ThreadPoolExecutor() as pool:                  # Pillow decodes without Python's lock
         return torch.stack(list(pool.map(read, paths[:limit])))
 
@@ -722,8 +721,7 @@ def image_grid(images, columns, scale=1):
 
 def samples_picture(shots, rows):
     """Up to 40 shots at the left; at the right rows of samples, [(label, images), ...]."""
-    pictures = [image_grid(images, len(images), max(1, 128 // images.shape[-1]))
-                for _, images in rows]
+    pictures = [image_grid(x, len(x), max(1, 128 // x.shape[-1])) for _, x in rows]
     height = pictures[0].height + 4
     columns = math.ceil(len(shots[:40]) * (shots.shape[-1] + 2) / (height * len(rows)))
     left = image_grid(to_float(shots[:40]), columns)
@@ -802,14 +800,14 @@ def write_run(out, source, shots, gan, F, log, progress):
     samples_picture(shots, [("source", before[:8]), ("adapted", after[:8]), ("source", before[8:]),
                             ("adapted", after[8:])]).save(out / "samples.png")
     if progress:                                            # not where a finished run was resumed
-        rows = [("source", before[:8]), *((f"step {step}", x) for step, x in progress.items())]
-        samples_picture(shots, rows).save(out / "progress.png")
+        steps = [("source", before[:8]), *((f"step {step}", x) for step, x in progress.items())]
+        samples_picture(shots, steps).save(out / "progress.png")
     save_interpolation(out / "interpolation.gif", source, gan)
     rows, panels = layers(gan.G_ema, weights(source.G_ema), F), []
     layers_picture({"": rows}).save(out / "layers.png")
     for name in list(log[-1])[1:]:
         steps, values = zip(*((row["step"], row[name]) for row in log if name in row))
-        foot = min(values) - 0.1 * abs(min(values))
+        foot = 0.9 * min(values) if min(values) > max(values) / 2 else min(0, *values)
         panels.append((f"{name} by step", steps, {"": values}, foot))
     chart(panels).save(out / "curves.png")
     write_table(out / "layers.csv", rows)
@@ -832,7 +830,7 @@ def add_settings(p, table, several=()):
         p.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X",
                        nargs="+" if f.name in several else None,
                        choices=f.metadata.get("choices"), help=f"{f.metadata['help']} {default}")
-    cuda, can = torch.cuda.is_available(), torch.cpu.get_capabilities()
+    cuda, can = torch.cuda.is_available(), getattr(torch.cpu, "get_capabilities", dict)()
     devices = ["cuda"] * cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     fast = torch.cuda.is_bf16_supported(False) if cuda else can.get("avx512_bf16")
     p.add_argument("--device", choices=devices, default=devices[0], help="(default: %(default)s)")
@@ -862,6 +860,8 @@ def parse_arguments(argv):
     args = p.parse_args(argv)
     if bool(args.target) == bool(args.checkpoint) or bool(args.checkpoint) != bool(args.generate):
         p.error("give --target, as in --target data/10shot, or --checkpoint with --generate")
+    if min(args.shots or 1, args.generate or 1) < 0:
+        p.error("--shots and --generate: must be 1 or more")
     args.out = args.out or Path("out", args.target.resolve().name if args.target else "images")
     return args
 

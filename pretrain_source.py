@@ -5,9 +5,9 @@
     python pretrain_source.py --data DIR --out out/source.pt --resume
     torchrun --nproc_per_node 8 pretrain_source.py --data DIR     # a batch shared by eight GPUs
 
-Every thousand steps samples are compared with the images.  The best model so far is kept in
-out/source.pt, with 64 of its samples in out/source.png; --resume needs out/source.pt.train.  Stop
-it when the samples are good enough.  Under torchrun each process decodes (or draws) all images.
+Every thousand steps samples are compared with the images.  The best model so far is kept in OUT.pt,
+with 64 of its samples in OUT.png; --resume needs OUT.pt.train.  Stop it when the samples are good
+enough.  Under torchrun each process decodes (or draws) all images.
 """
 import argparse
 import os

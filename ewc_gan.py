@@ -90,7 +90,7 @@ class Adaptation(Training):
     def lr_at(self, step):          # linear decay to 0 at the last step, so that images settle
         return self.lr * (1 - step / self.steps)
 
-ADAPT = {"dcgan": Adaptation(),     # equalised layers, in the StyleGAN, bear a D as fast as G
+ADAPT = {"dcgan": Adaptation(),     # equalised layers learn slowly: there D is as fast as G
          "stylegan": Adaptation(1000, 8, 4e-3, d_lr_ratio=1.0, r1_gamma=0.1, beta1=0.0, lam=2.5e-3)}
 # Pretraining sees thousands of images: larger batches, and a D as fast as G, without augmentation
 PRETRAIN = {"dcgan": Training(24000, 16, d_lr_ratio=1.0, shift=0.0, cutout=0.0, r1_gamma=1.0),
@@ -800,8 +800,8 @@ def write_run(out, source, shots, gan, F, log, progress):
     samples_picture(shots, [("source", before[:8]), ("adapted", after[:8]), ("source", before[8:]),
                             ("adapted", after[8:])]).save(out / "samples.png")
     if progress:                                            # not where a finished run was resumed
-        steps = [("source", before[:8]), *((f"step {step}", x) for step, x in progress.items())]
-        samples_picture(shots, steps).save(out / "progress.png")
+        shown = [("source", before[:8]), *((f"step {step}", x) for step, x in progress.items())]
+        samples_picture(shots, shown).save(out / "progress.png")
     save_interpolation(out / "interpolation.gif", source, gan)
     rows, panels = layers(gan.G_ema, weights(source.G_ema), F), []
     layers_picture({"": rows}).save(out / "layers.png")

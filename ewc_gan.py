@@ -80,11 +80,11 @@ class Training:
 @dataclass
 class Adaptation(Training):
     """Hyperparameters of the adaptation to a few images."""
-    method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 100; l2: each "
+    method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 300; l2: each "
                          "F_i is 1; finetune: no penalty; freezed: finetune with D's lower layers "
                          "frozen (Mo et al. 2020)",
                          choices=["ewc", "finetune", "l2", "freezed", "raw"])
-    lam: float = option(1.5e-3, "lambda, the strength of the penalty; 0 is fine-tuning")
+    lam: float = option(5e-3, "lambda, the strength of the penalty; 0 is fine-tuning")
     fisher_samples: int = option(256, "number of z over which F is averaged")
 
     def lr_at(self, step):          # linear decay to 0 at the last step, so that images settle
@@ -93,7 +93,7 @@ class Adaptation(Training):
 ADAPT = {"dcgan": Adaptation(),     # equalised layers learn slowly: there D is as fast as G
          "stylegan": Adaptation(1000, 8, 4e-3, d_lr_ratio=1.0, r1_gamma=0.1, beta1=0.0, lam=2.5e-3)}
 # Pretraining sees thousands of images: larger batches, and a D as fast as G, without augmentation
-PRETRAIN = {"dcgan": Training(24000, 16, d_lr_ratio=1.0, shift=0.0, cutout=0.0, r1_gamma=1.0),
+PRETRAIN = {"dcgan": Training(40000, 16, d_lr_ratio=1.0, shift=0.0, cutout=0.0, r1_gamma=1.0),
             "stylegan": Training(60000, 16, lr=5e-3, d_lr_ratio=1.0, shift=0.0, cutout=0.0,
                                  r1_gamma=0.1, beta1=0.0)}
 
@@ -387,18 +387,18 @@ class DCGANGenerator(nn.Sequential):
     each batch while the source is pretrained, and stays in eval mode after that."""
     def __init__(self, z_dim, channels):
         super().__init__()
-        convs = [nn.ConvTranspose2d(z_dim, channels[0], 4, bias=False)]                 # 1 -> 4
-        convs += [nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=c_out == 3)             # doubles
-                  for c_in, c_out in zip(channels, channels[1:] + [3])]
-        for i, conv in enumerate(convs):
-            nn.init.normal_(conv.weight, 0, 0.02)
+        for i, (c_in, c_out) in enumerate(zip([z_dim] + channels, channels)):
+            stride, padding = (2, 1) if i else (1, 0)                   # 1 -> 4, then doubles
+            conv = nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=False)
             self.add_module(f"conv{4 << i}", conv)
-            if i < len(channels):
-                self.add_module(f"norm{4 << i}", nn.BatchNorm2d(channels[i]))
-                self.add_module(f"relu{4 << i}", nn.ReLU())
+            self.add_module(f"norm{4 << i}", nn.BatchNorm2d(c_out))
+            self.add_module(f"relu{4 << i}", nn.ReLU())
+        self.to_rgb = nn.ConvTranspose2d(channels[-1], 3, 4, 2, 1, output_padding=1)    # R + 1
+        for weight in (p for p in self.parameters() if p.ndim == 4):
+            nn.init.normal_(weight, 0, 0.02)
 
-    def forward(self, z):
-        return torch.tanh(super().forward(z[:, :, None, None]))             # from [N, z_dim, 1, 1]
+    def forward(self, z):               # the mean of 2x2 pixels leaves no checkerboard of one pixel
+        return torch.tanh(nnF.avg_pool2d(super().forward(z[:, :, None, None]), 2, 1))
 
 class DCGANDiscriminator(nn.Module):
     """image [N, 3, R, R] -> logit [N].  No BatchNorm: D must judge each image by itself."""

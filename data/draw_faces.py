@@ -23,7 +23,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 FRAME = 64          # geometry is written in pixels of a 64 x 64 picture, whatever the resolution
 SUPERSAMPLE = 4     # shapes are drawn this much larger, then reduced, for smooth edges
-HEAD_SIZE = 1.12    # from the units of a head to those of the frame
+HEAD_SIZE = 1.3     # from the units of a head to those of the frame
 SKULL = 2.15        # how square the upper half of a head is (2 is an ellipse)
 MAX_TURN = np.radians(25)
 MAX_TILT = np.radians(14)
@@ -182,7 +182,7 @@ class Head:
 
     def place(self, points):
         """Tilt points of the head's own plane into the picture, round a pivot near the chin."""
-        return (np.asarray(points, float) - (0, 9)) @ self.rotation * HEAD_SIZE + (32, 43)
+        return (np.asarray(points, float) - (0, 9)) @ self.rotation * HEAD_SIZE + (32, 45.5)
 
     def bend(self, points, lift=0.0):
         """Move face points round the turned head as if on a ball; lift raises them off it."""

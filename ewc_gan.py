@@ -14,8 +14,8 @@ their values in the source, theta_S:
     F_i     = E_z[ (d log D(G(z)) / d theta_i)^2 ]                       D: the source's, frozen
     L_adapt = L_adv + lambda * sum_i F_i (theta_i - theta_S,i)^2
 
-So the images take on the target's look and keep the source's diversity.  The method ends where
-"Networks" begins.  What differs from the paper, such as the scale of F, is a table in README.md.
+So the images take on the target's look and keep the source's diversity.  Method and training end
+where "Networks" begins.  What differs from the paper, such as the scale of F, is in README.md.
 """
 import argparse
 import contextlib
@@ -92,16 +92,16 @@ class Adaptation(Training):
 
 ADAPT = {"dcgan": Adaptation(),     # equalised layers learn slowly: there D is as fast as G
          "stylegan": Adaptation(1000, 8, 4e-3, d_lr_ratio=1.0, r1_gamma=0.1, beta1=0.0, lam=2.5e-3)}
-# Pretraining sees thousands of images: larger batches, and a D as fast as G, without augmentation
+# Pretraining sees thousands of images: larger batches, a D as fast as G, no shift, no hole
 PRETRAIN = {"dcgan": Training(40000, 16, d_lr_ratio=1.0, shift=0.0, cutout=0.0, r1_gamma=1.0),
             "stylegan": Training(60000, 16, lr=5e-3, d_lr_ratio=1.0, shift=0.0, cutout=0.0,
                                  r1_gamma=0.1, beta1=0.0)}
 
 # ---------- The method ----------------------------------------------------------------------------
 # Nothing here depends on the networks below: any two modules G and D will do for which D(G(z)) is a
-# logit, so that D's probability of "real" is sigmoid(D(x)).
+# logit.  In "log D", D is the probability of "real", sigmoid(logit); R1 is of the logit itself.
 def as_vector(tensors):
-    """Tensors as one float32 vector, each with dimension 1 (channels) last, as it is in memory."""
+    """Tensors as one float32 vector, each with dimension 1 (channels) last, as in channels_last."""
     return torch.cat([(t.movedim(1, -1) if t.ndim > 1 else t).flatten().float() for t in tensors])
 
 def weights(G):
@@ -121,13 +121,13 @@ def fisher_diagonal(G, D, z):
     A GAN has no likelihood that can be computed, so log D(G(z)) stands in for it (the paper's
     importance measure).  One sample at a time, because each gradient must be squared before the
     mean is taken: the square of a batch's mean gradient is smaller, and shrinks as the batch grows.
-    Always in float32, also inside autocast and no_grad: half precision rounds the square of a
-    gradient of 1e-4 to zero.  Both networks are copied and put in eval mode: neither changes."""
+    Always in float32, also inside autocast: half precision rounds small gradients, or loses them.
+    Inside no_grad, too.  Both networks are copied and put in eval mode: neither changes."""
     if len(z) == 0:
         raise UserError("the Fisher information is a mean over samples: give at least one z")
     G, D = copy.deepcopy(G).eval(), copy.deepcopy(D).eval().requires_grad_(False)
     theta = [p for p in G.parameters() if p.requires_grad]
-    F = torch.zeros_like(weights(G)).detach()
+    F = torch.zeros_like(weights(G))
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         for z_i in z.split(1):
             log_likelihood = nnF.logsigmoid(D(G(z_i))).sum()                    # log D(G(z_i))
@@ -140,10 +140,10 @@ def scaled_fisher(F, quantile=0.99):
     """F, capped at a quantile of its values, then divided by its mean.  Its mean is then 1, so that
     lambda is comparable between sources, and with l2 (each F_i = 1).
 
-    Why: the scale of F depends on how confident D is, and 1% of the weights can have nearly all of
-    the sum of F: in the StyleGAN mostly biases that set colours, which a new domain must change.
-    The price: the unscaled penalty is the same if a weight is stored as c * theta (its F is then
-    F / c^2); this one is not.  Raises UserError if the capped F is 0 everywhere."""
+    Why: the scale of F depends on how confident D is, and a few weights can have nearly all of the
+    sum of F: in the StyleGAN mostly biases that set colours, which a new domain must change.  The
+    price: storing a weight as c * theta (its F is then F / c^2) changes this penalty, but not the
+    unscaled one.  Raises UserError if the capped F is 0 everywhere."""
     values = F.cpu()                                                    # MPS has no kthvalue
     cap = values.kthvalue(math.ceil(quantile * len(values))).values
     mean = values.clamp(max=cap).mean()
@@ -188,7 +188,7 @@ class Trainer:
     """The networks of one training, their optimisers, and its random number generator.  `penalty`
     is None or a function of G, added to G's loss.  After init_process_group (pretrain_source.py
     under torchrun) each process draws its share of the batch with its own seed, and gradients are
-    averaged; BatchNorm sees the whole batch on GPUs, MinibatchStd only that of its process."""
+    averaged; BatchNorm sees the whole batch on GPUs, MinibatchStd its process's share."""
     def __init__(self, gan, settings, amp="off", penalty=None):
         self.gan, self.settings, self.amp, self.penalty = gan, settings, amp, penalty
         self.device, self.step, self.log = gan.device, 0, []
@@ -278,7 +278,7 @@ class Trainer:
     def train(self, images, label, out=None, resume=False, metrics=None, every=400, **same):
         """Train to the last step.  Returns the log: a dict of losses for every tenth step, with
         metrics(gan, step) for every `every`-th.  `out`: a checkpoint, written every ten seconds;
-        resume=True goes on from it, with the same settings, images and `same`."""
+        resume=True goes on from it, with the same settings but steps, images and `same`."""
         same = {**asdict(self.settings), "steps": None, "amp": self.amp, **same,
                 "images": zlib.crc32(images.cpu().contiguous().numpy())}
         if resume:
@@ -302,7 +302,7 @@ class Trainer:
                     state = {name: part.state_dict() for name, part in self.parts.items()}
                     self.gan.save(out, **state, step=self.step, random=self.random.get_state(),
                                   same=same, log=self.log)
-                text = "  ".join(f"{name} {float(value):.2f}" for name, value in losses.items())
+                text = "  ".join(f"{name} {value:.2f}" for name, value in losses.items())
                 print(f"{label} {self.step}/{last}  {text}  {1000 * per_step:.0f} ms/step  "
                       f"{per_step * (last - self.step):.0f} s left", flush=True)
         return self.log
@@ -321,8 +321,8 @@ class Trainer:
 
 def pretrain(images, gan, settings, out, amp="off", resume=False, every=1000):
     """Train a GAN in place on images uint8 [N, 3, R, R], or float in [-1, 1]: the source model.
-    `out`: the checkpoint with the lowest Frechet distance to the images, measured each `every`
-    steps; for source.pt, samples are in source.png, and resume=True goes on from source.pt.train"""
+    `out`, such as source.pt: the model with the lowest Frechet distance to the images, measured
+    each `every` steps; source.png: samples; source.pt.train: resume=True goes on from there."""
     out, trainer = Path(out), Trainer(gan, settings, amp)
     features = features_of("discriminator", gan.device)
     reference = features(to_float(images[::math.ceil(len(images) / 1000)]))
@@ -449,8 +449,8 @@ class ModulatedConv(nn.Module):
         s, weight = self.style(w), self.weight * self.scale                 # [N, I], [O, I, k, k]
         x = nnF.conv2d(x * s[:, :, None, None], weight, padding=self.padding)   # [N, O, H, W]
         if self.demodulate:
-            norm = (s.square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()  # [N, O]
-            x = x * (math.sqrt(2) * norm)[:, :, None, None].to(x.dtype)     # half under autocast
+            scale = (s.square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt() # [N, O]
+            x = x * (math.sqrt(2) * scale)[:, :, None, None].to(x.dtype)     # half under autocast
         return x + self.bias[:, None, None].to(x.dtype)
 
 class StyleGANGenerator(nn.Module):
@@ -677,11 +677,11 @@ class Metrics:
         self.shots = features(torch.cat([shots, shots.flip(3)]))                    # [2 K, C]
         self.reference = self.shots[:0] if reference is None else features(reference[:self.n])
         scale = (self.shots if reference is None else self.reference).square().mean().sqrt()
-        self.features = lambda gan: features(gan.generate(self.n, seed=1)) / scale  # [n, C]
+        self.of_gan = lambda gan: features(gan.generate(self.n, seed=1)) / scale  # [n, C]
         self.shots, self.reference = self.shots / scale, self.reference / scale
 
     def __call__(self, gan, step=None):
-        return self.compare(self.features(gan), self.reference)
+        return self.compare(self.of_gan(gan), self.reference)
 
     def compare(self, x, reference):
         row = {}
@@ -858,10 +858,10 @@ def parse_arguments(argv):
     p.add_argument("--checkpoint", type=Path, metavar="FILE", help="a model to --generate from")
     p.add_argument("--generate", type=int, metavar="N", help="write N images into --out, then stop")
     args = p.parse_args(argv)
+    if any(n is not None and n < 1 for n in (args.shots, args.generate)):
+        p.error("--shots and --generate: must be 1 or more")
     if bool(args.target) == bool(args.checkpoint) or bool(args.checkpoint) != bool(args.generate):
         p.error("give --target, as in --target data/10shot, or --checkpoint with --generate")
-    if min(args.shots or 1, args.generate or 1) < 0:
-        p.error("--shots and --generate: must be 1 or more")
     args.out = args.out or Path("out", args.target.resolve().name if args.target else "images")
     return args
 
@@ -912,7 +912,7 @@ def run_adapt(args):
         (folder / "config.json").write_text(json.dumps(config, default=str, indent=1))
         checkpoint, progress = folder / "adapted.pt", {}
 
-        def measure(gan, step, progress=progress):
+        def measure(gan, step):
             progress[step] = gan.generate(8)
             return metrics(gan)
 

@@ -522,7 +522,7 @@ def bad_world(tmp_path_factory):
 @pytest.mark.parametrize("program, argv, says", [           # says: what the line names
     (ewc_gan, ["--target", "nowhere"], "nowhere: no such folder, or no images"),
     (ewc_gan, ["--target", "cut"], "a b.png"), (ewc_gan, [], "--target"),
-    *((ewc_gan, [*GOOD, option, value], option) for option, value in [
+    *((ewc_gan, [*GOOD, option, value], option) for option, value in [("--shots", "0"),
         ("--steps", "1.5"), ("--lam", "inf"), ("--method", "magic"), ("--step", "3"),
         ("--generate", "3"), ("--features", "squeezenet"), ("--fisher-samples", "0")]),
     (ewc_gan, [*GOOD, "--out", "two"], "lies in two"), (ewc_gan, [*GOOD, "--out", "file"], "file"),

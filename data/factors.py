@@ -6,8 +6,9 @@ The drawn domain knows every face: its turn, smile, glasses, hair and more.  A l
 regression on the 8x8 features of the shipped D) learns to read these factors off drawings of a
 style.  One probe reads the samples of the source (style photo), another the adapted samples of the
 same z (style of the target).  The correlation of the two readings, over 1,000 z, says how much of a
-factor is kept: 1 for all, 0 for nothing.  The row "drawings" is a yardstick, no strict limit: how
-well the probe of the target style reads the true factors of drawings that it has not seen.
+factor is kept: 0 for nothing, 1 if all is kept, up to scale.  The row "drawings" is a yardstick, no
+strict limit: how well the probe of the target style reads the true factors of unseen drawings, in
+which dyed hair (14 %) hides the hair colour.
 
 Runs are named by their folders; seeds are averaged.  Writes factors.csv and factors.png above them.
 """
@@ -55,9 +56,10 @@ def probe(style, n=3000, seed=11, ridge=0.01):
     images, Y = drawings(style, n, seed)
     X = features(images)
     mean = X.mean(0)
-    K = ((X - mean) @ (X - mean).T).double()
-    a = ridge * K.diagonal().mean() * torch.eye(n)
-    W = (X - mean).T @ torch.linalg.solve(K + a, (Y - Y.mean(0)).double()).float()
+    X = X - mean
+    K = (X @ X.T).double()
+    a = ridge * K.diagonal().mean()
+    W = X.T @ torch.linalg.solve(K + a * torch.eye(n), (Y - Y.mean(0)).double()).float()
     return lambda images: (features(images) - mean) @ W
 
 

@@ -55,7 +55,7 @@ class Training:
     """Hyperparameters of a training; the defaults adapt the DCGAN to ten images."""
     steps: int = option(2400, "training steps")
     batch_size: int = option(8, "images a step")
-    lr: float = option(2e-3, "Adam's learning rate for G")
+    lr: float = option(4e-3, "Adam's learning rate for G")
     d_lr_ratio: float = option(0.1, "D's learning rate over G's")   # a fast D memorises shots
     shift: float = option(0.0625, "D sees images moved by up to this fraction of their width")
     cutout: float = option(0.5, "D sees images with a hole of this fraction of their width")
@@ -84,16 +84,16 @@ class Adaptation(Training):
                          "F_i is 1; finetune: no penalty; freezed: finetune with D's lower layers "
                          "frozen (Mo et al. 2020)",
                          choices=["ewc", "finetune", "l2", "freezed", "raw"])
-    lam: float = option(5e-3, "lambda, the strength of the penalty; 0 is fine-tuning")
+    lam: float = option(2.5e-3, "lambda, the strength of the penalty; 0 is fine-tuning")
     fisher_samples: int = option(256, "number of z over which F is averaged")
 
     def lr_at(self, step):          # linear decay to 0 at the last step, so that images settle
         return self.lr * (1 - step / self.steps)
 
 ADAPT = {"dcgan": Adaptation(),     # equalised layers learn slowly: there D is as fast as G
-         "stylegan": Adaptation(1000, 8, 4e-3, d_lr_ratio=1.0, r1_gamma=0.1, beta1=0.0, lam=2.5e-3)}
+         "stylegan": Adaptation(1000, d_lr_ratio=1.0, r1_gamma=0.1, beta1=0.0)}
 # Pretraining sees thousands of images: larger batches, a D as fast as G, no shift, no hole
-PRETRAIN = {"dcgan": Training(40000, 16, d_lr_ratio=1.0, shift=0.0, cutout=0.0, r1_gamma=1.0),
+PRETRAIN = {"dcgan": Training(40000, 16, 2e-3, 1.0, shift=0.0, cutout=0.0, r1_gamma=1.0),
             "stylegan": Training(60000, 16, lr=5e-3, d_lr_ratio=1.0, shift=0.0, cutout=0.0,
                                  r1_gamma=0.1, beta1=0.0)}
 

@@ -449,8 +449,8 @@ class ModulatedConv(nn.Module):
         s, weight = self.style(w), self.weight * self.scale                 # [N, I], [O, I, k, k]
         x = nnF.conv2d(x * s[:, :, None, None], weight, padding=self.padding)   # [N, O, H, W]
         if self.demodulate:
-            scale = (s.square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt() # [N, O]
-            x = x * (math.sqrt(2) * scale)[:, :, None, None].to(x.dtype)     # half under autocast
+            inverse_norm = (s.square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()  # [N, O]
+            x = x * (math.sqrt(2) * inverse_norm)[:, :, None, None].to(x.dtype)     # may be half
         return x + self.bias[:, None, None].to(x.dtype)
 
 class StyleGANGenerator(nn.Module):
@@ -677,7 +677,7 @@ class Metrics:
         self.shots = features(torch.cat([shots, shots.flip(3)]))                    # [2 K, C]
         self.reference = self.shots[:0] if reference is None else features(reference[:self.n])
         scale = (self.shots if reference is None else self.reference).square().mean().sqrt()
-        self.of_gan = lambda gan: features(gan.generate(self.n, seed=1)) / scale  # [n, C]
+        self.of_gan = lambda gan: features(gan.generate(self.n, seed=1)) / scale    # [n, C]
         self.shots, self.reference = self.shots / scale, self.reference / scale
 
     def __call__(self, gan, step=None):

@@ -1,6 +1,6 @@
 """Few-shot image generation with Elastic Weight Consolidation (EWC), in one file.
 
-    python ewc_gan.py --target data/10shot                    # adapt the shipped DCGAN
+    python ewc_gan.py --target data/10shot                    # adapt the shipped source
     python ewc_gan.py --target DIR --source FILE --out DIR    # your images, your source
     python ewc_gan.py --target DIR --method finetune l2 ewc --seed 0 1 2 --reference DIR
     python ewc_gan.py --checkpoint out/10shot/adapted.pt --generate 500 --out DIR
@@ -52,16 +52,16 @@ def option(default, help, **more):
 
 @dataclass
 class Training:
-    """Hyperparameters of a training; the defaults adapt the DCGAN to ten images."""
-    steps: int = option(2400, "training steps")
+    """Hyperparameters of a training; the defaults adapt the StyleGAN to ten images."""
+    steps: int = option(1000, "training steps")
     batch_size: int = option(8, "images a step")
     lr: float = option(4e-3, "Adam's learning rate for G")
-    d_lr_ratio: float = option(0.1, "D's learning rate over G's")   # a fast D memorises shots
+    d_lr_ratio: float = option(1.0, "D's learning rate over G's")
     shift: float = option(0.0625, "D sees images moved by up to this fraction of their width")
     cutout: float = option(0.5, "D sees images with a hole of this fraction of their width")
-    r1_gamma: float = option(0.3, "weight of the R1 penalty on D")  # with more, D sees no details
+    r1_gamma: float = option(0.1, "weight of the R1 penalty on D")  # with more, D sees no details
     r1_every: int = 16              # R1 is costly and changes slowly: every 16th step is enough
-    beta1: float = 0.5              # of Adam, as in DCGAN: with more momentum G and D oscillate
+    beta1: float = 0.0              # of Adam: with momentum G and D oscillate
     beta2: float = 0.99
     ema: float = 0.999              # largest decay of G's moving average
     seed: int = option(0, "seed of all random numbers")
@@ -90,12 +90,12 @@ class Adaptation(Training):
     def lr_at(self, step):          # linear decay to 0 at the last step, so that images settle
         return self.lr * (1 - step / self.steps)
 
-ADAPT = {"dcgan": Adaptation(),     # equalised layers learn slowly: there D is as fast as G
-         "stylegan": Adaptation(1000, d_lr_ratio=1.0, r1_gamma=0.1, beta1=0.0)}
+# Layers of the DCGAN are not equalised, and learn fast: as fast as G, its D memorises the shots
+ADAPT = {"stylegan": Adaptation(),
+         "dcgan": Adaptation(2400, d_lr_ratio=0.1, r1_gamma=0.3, beta1=0.5)}
 # Pretraining sees thousands of images: larger batches, a D as fast as G, no shift, no hole
-PRETRAIN = {"dcgan": Training(40000, 16, 2e-3, 1.0, shift=0.0, cutout=0.0, r1_gamma=1.0),
-            "stylegan": Training(60000, 16, lr=5e-3, d_lr_ratio=1.0, shift=0.0, cutout=0.0,
-                                 r1_gamma=0.1, beta1=0.0)}
+PRETRAIN = {"stylegan": Training(60000, 16, lr=5e-3, shift=0.0, cutout=0.0),
+            "dcgan": Training(40000, 16, 2e-3, shift=0.0, cutout=0.0, r1_gamma=1.0, beta1=0.5)}
 
 # ---------- The method ----------------------------------------------------------------------------
 # Nothing here depends on the networks below: any two modules G and D will do for which D(G(z)) is a
@@ -136,7 +136,7 @@ def fisher_diagonal(G, D, z):
             F += as_vector(gradient).square()
     return F / len(z)
 
-def scaled_fisher(F, quantile=0.99):
+def scaled_fisher(F, quantile=0.9):
     """F, capped at a quantile of its values, then divided by its mean.  Its mean is then 1, so that
     lambda is comparable between sources, and with l2 (each F_i = 1).
 
@@ -454,8 +454,9 @@ class ModulatedConv(nn.Module):
         return x + self.bias[:, None, None].to(x.dtype)
 
 class StyleGANGenerator(nn.Module):
-    """z [N, z_dim] -> image [N, 3, R, R], about -1..1: a small StyleGAN2 (Karras et al. 2020).  No
-    noise inputs: an image depends on z alone, so that images of the same z can be compared."""
+    """z [N, z_dim] -> image [N, 3, R, R] in (-1, 1): a small StyleGAN2 (Karras et al. 2020).  No
+    noise inputs: an image depends on z alone, so that images of the same z can be compared.  tanh
+    at the end, as in DCGAN: flat colours, such as a white ground, are easy to draw with it."""
     def __init__(self, z_dim, channels):
         super().__init__()
         self.mapping = nn.ModuleList(Equalized(z_dim, z_dim, lr_multiplier=0.01) for _ in range(4))
@@ -478,7 +479,7 @@ class StyleGANGenerator(nn.Module):
             x = nnF.leaky_relu(self.upsample(before(x, w)), 0.2)            # [N, C', 2H, 2W]
             x = nnF.leaky_relu(after(x, w), 0.2)
             image = self.upsample(image) + to_rgb(x, w)                     # [N, 3, 2H, 2W]
-        return image
+        return torch.tanh(image)
 
 class MinibatchStd(nn.Module):
     """Append one channel: the mean standard deviation in groups of four images, or of all, which
@@ -524,8 +525,8 @@ class StyleGANDiscriminator(nn.Module):
         return self.out(nnF.leaky_relu(self.hidden(x.flatten(1)), 0.2)).flatten()
 
 FAMILIES = {        # G, D, z_dim, and the channels of G at 4, 8, 16, ... pixels
-    "dcgan": (DCGANGenerator, DCGANDiscriminator, 64, [192, 128, 96, 64, 32, 16]),
-    "stylegan": (StyleGANGenerator, StyleGANDiscriminator, 128, [128, 128, 96, 48, 24, 12, 8])}
+    "stylegan": (StyleGANGenerator, StyleGANDiscriminator, 128, [128, 128, 96, 48, 24, 12, 8]),
+    "dcgan": (DCGANGenerator, DCGANDiscriminator, 64, [192, 128, 96, 64, 32, 16])}
 
 class GAN(nn.Module):
     """Generator G, its moving average G_ema, and discriminator D.  arch: 'dcgan' or 'stylegan';
@@ -553,8 +554,7 @@ class GAN(nn.Module):
     @torch.no_grad()
     def images(self, z):
         """z [N, z_dim] -> images of G_ema, float [N, 3, R, R] in [-1, 1], on the CPU."""
-        return torch.cat([self.G_ema(part.to(self.device)).clamp(-1, 1).float().cpu()
-                          for part in z.split(100)])
+        return torch.cat([self.G_ema(part.to(self.device)).float().cpu() for part in z.split(100)])
 
     def generate(self, n, seed=0):
         return self.images(self.z(n, seed))
@@ -824,9 +824,9 @@ class Parser(argparse.ArgumentParser):
 
 def add_settings(p, table, several=()):
     """Options for the settings that have a help text; `several` of them take several values."""
-    for f in (f for f in fields(table["dcgan"]) if f.metadata):
+    for f in (f for f in fields(table["stylegan"]) if f.metadata):
         values = dict.fromkeys(str(getattr(settings, f.name)) for settings in table.values())
-        default = f"(default: {', for the StyleGAN '.join(values)})"
+        default = f"(default: {', for the DCGAN '.join(values)})"
         p.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X",
                        nargs="+" if f.name in several else None,
                        choices=f.metadata.get("choices"), help=f"{f.metadata['help']} {default}")
@@ -846,8 +846,8 @@ def parse_arguments(argv):
     p = Parser("python ewc_gan.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--target", type=Path, metavar="DIR", help="the few images to adapt to")
-    p.add_argument("--source", type=Path, metavar="FILE", default=SHIPPED / "source_dcgan.pt",
-                   help="a model of pretrain_source.py (default: data/source_dcgan.pt)")
+    p.add_argument("--source", type=Path, metavar="FILE", default=SHIPPED / "source_stylegan.pt",
+                   help="a model of pretrain_source.py (default: data/source_stylegan.pt)")
     p.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/TARGET)")
     p.add_argument("--shots", type=int, metavar="K", help="use the first K images (default: all)")
     p.add_argument("--resume", action="store_true", help="go on with runs that were stopped")

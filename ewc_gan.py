@@ -747,7 +747,7 @@ def chart(panels, width=1100, height=120):
         pen.text((60, end - height - 26), title, "black", font)
         for part in (0, 0.5, 1):                                        # the axis
             y, value = end - part * height, foot + part * (high - foot)
-            pen.text((52, y), f"{value:.3g}", "black", font, anchor="rm")
+            pen.text((52, y), f"{value:.2g}", "black", font, anchor="rm")
             pen.line([56, y, width, y], "#dddddd")
         for r, (run, row, color) in enumerate(zip(runs, heights.tolist(), colors * 9)):
             pen.text((300 + 130 * r, end - height - 26), run, color, font)

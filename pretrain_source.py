@@ -35,7 +35,7 @@ def parse_arguments(argv):
                        formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", type=Path, metavar="DIR", help="thousands of images (default: draws "
                    "faces)")
-    p.add_argument("--arch", choices=ewc_gan.PRETRAIN, default="dcgan", help="family of networks")
+    p.add_argument("--arch", choices=ewc_gan.PRETRAIN, default="dcgan", help="(default: dcgan)")
     p.add_argument("--resolution", type=int, choices=[32, 64, 128, 256], default=64)
     p.add_argument("--init", type=Path, metavar="FILE", help="start from this model, which decides "
                    "arch and resolution")

@@ -90,7 +90,7 @@ class Adaptation(Training):
     def lr_at(self, step):          # linear decay to 0 at the last step, so that images settle
         return self.lr * (1 - step / self.steps)
 
-# Layers of the DCGAN are not equalised, and learn fast: as fast as G, its D memorises the shots
+# The DCGAN's layers are not equalised, and learn fast.  If D learns as fast as G, it memorises
 ADAPT = {"stylegan": Adaptation(),
          "dcgan": Adaptation(2400, d_lr_ratio=0.1, r1_gamma=0.3, beta1=0.5)}
 # Pretraining sees thousands of images: larger batches, a D as fast as G, no shift, no hole

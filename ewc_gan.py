@@ -90,7 +90,7 @@ class Adaptation(Training):
     def lr_at(self, step):          # linear decay to 0 at the last step, so that images settle
         return self.lr * (1 - step / self.steps)
 
-# The DCGAN's layers are not equalised, and learn fast.  If D learns as fast as G, it memorises
+# The layers of the DCGAN are not equalised, and learn fast: a D as fast as G memorises the shots
 ADAPT = {"stylegan": Adaptation(),
          "dcgan": Adaptation(2400, d_lr_ratio=0.1, r1_gamma=0.3, beta1=0.5)}
 # Pretraining sees thousands of images: larger batches, a D as fast as G, no shift, no hole
@@ -747,7 +747,7 @@ def chart(panels, width=1100, height=120):
         pen.text((60, end - height - 26), title, "black", font)
         for part in (0, 0.5, 1):                                        # the axis
             y, value = end - part * height, foot + part * (high - foot)
-            pen.text((52, y), f"{value:.2g}", "black", font, anchor="rm")
+            pen.text((52, y), f"{value:.3g}", "black", font, anchor="rm")
             pen.line([56, y, width, y], "#dddddd")
         for r, (run, row, color) in enumerate(zip(runs, heights.tolist(), colors * 9)):
             pen.text((300 + 130 * r, end - height - 26), run, color, font)

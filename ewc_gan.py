@@ -80,7 +80,7 @@ class Training:
 @dataclass
 class Adaptation(Training):
     """Hyperparameters of the adaptation to a few images."""
-    method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 300; l2: each "
+    method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 500; l2: each "
                          "F_i is 1; finetune: no penalty; freezed: finetune with D's lower layers "
                          "frozen (Mo et al. 2020)",
                          choices=["ewc", "finetune", "l2", "freezed", "raw"])

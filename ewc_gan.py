@@ -59,7 +59,7 @@ class Training:
     d_lr_ratio: float = option(1.0, "D's learning rate over G's")
     shift: float = option(0.0625, "D sees images moved by up to this fraction of their width")
     cutout: float = option(0.5, "D sees images with a hole of this fraction of their width")
-    r1_gamma: float = option(0.1, "weight of the R1 penalty on D")  # with more, D sees no details
+    r1_gamma: float = option(0.1, "weight of the R1 penalty on D")  # more hides details from it
     r1_every: int = 16              # R1 is costly and changes slowly: every 16th step is enough
     beta1: float = 0.0              # of Adam: with momentum G and D oscillate
     beta2: float = 0.99

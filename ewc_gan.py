@@ -735,7 +735,7 @@ def samples_picture(shots, rows):
         sheet.paste(picture, (left.width + 120, y))
     return sheet
 
-def chart(panels, width=1100, height=120):
+def chart(panels, width=1200, height=120):
     """Bars, in panels one below the other: [(title, names, {run: values}, foot of the bars)]."""
     sheet = Image.new("RGB", (width, (height + 60) * len(panels)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)

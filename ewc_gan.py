@@ -53,13 +53,13 @@ def option(default, help, **more):
 @dataclass
 class Training:
     """Hyperparameters of a training; the defaults adapt the StyleGAN to ten images."""
-    steps: int = option(1000, "training steps")
-    batch_size: int = option(8, "images a step")
+    steps: int = option(1200, "training steps")
+    batch_size: int = option(4, "images a step")
     lr: float = option(4e-3, "Adam's learning rate for G")
     d_lr_ratio: float = option(1.0, "D's learning rate over G's")
     shift: float = option(0.0625, "D sees images moved by up to this fraction of their width")
     cutout: float = option(0.5, "D sees images with a hole of this fraction of their width")
-    r1_gamma: float = option(0.1, "weight of the R1 penalty on D")  # more hides details from it
+    r1_gamma: float = option(0.1, "weight of the R1 penalty on D")  # a large one hides details
     r1_every: int = 16              # R1 is costly and changes slowly: every 16th step is enough
     beta1: float = 0.0              # of Adam: with momentum G and D oscillate
     beta2: float = 0.99
@@ -80,11 +80,11 @@ class Training:
 @dataclass
 class Adaptation(Training):
     """Hyperparameters of the adaptation to a few images."""
-    method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 500; l2: each "
+    method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 300; l2: each "
                          "F_i is 1; finetune: no penalty; freezed: finetune with D's lower layers "
                          "frozen (Mo et al. 2020)",
                          choices=["ewc", "finetune", "l2", "freezed", "raw"])
-    lam: float = option(2.5e-3, "lambda, the strength of the penalty; 0 is fine-tuning")
+    lam: float = option(1.5e-3, "lambda, the strength of the penalty; 0 is fine-tuning")
     fisher_samples: int = option(256, "number of z over which F is averaged")
 
     def lr_at(self, step):          # linear decay to 0 at the last step, so that images settle
@@ -92,16 +92,16 @@ class Adaptation(Training):
 
 # The layers of the DCGAN are not equalised, and learn fast: a D as fast as G memorises the shots
 ADAPT = {"stylegan": Adaptation(),
-         "dcgan": Adaptation(2400, d_lr_ratio=0.1, r1_gamma=0.3, beta1=0.5)}
+         "dcgan": Adaptation(2400, 8, d_lr_ratio=0.1, r1_gamma=0.3, beta1=0.5, lam=2.5e-3)}
 # Pretraining sees thousands of images: larger batches, a D as fast as G, no shift, no hole
 PRETRAIN = {"stylegan": Training(60000, 16, lr=5e-3, shift=0.0, cutout=0.0),
             "dcgan": Training(40000, 16, 2e-3, shift=0.0, cutout=0.0, r1_gamma=1.0, beta1=0.5)}
 
 # ---------- The method ----------------------------------------------------------------------------
 # Nothing here depends on the networks below: any two modules G and D will do for which D(G(z)) is a
-# logit.  In "log D", D is the probability of "real", sigmoid(logit); R1 is of the logit itself.
+# logit.  In "log D", D is the probability of "real", sigmoid(logit); R1 uses the logit itself.
 def as_vector(tensors):
-    """Tensors as one float32 vector, each with dimension 1 (channels) last, as in channels_last."""
+    """Tensors as one float32 vector, channels (dimension 1) last, as they lie in memory."""
     return torch.cat([(t.movedim(1, -1) if t.ndim > 1 else t).flatten().float() for t in tensors])
 
 def weights(G):
@@ -122,7 +122,7 @@ def fisher_diagonal(G, D, z):
     importance measure).  One sample at a time, because each gradient must be squared before the
     mean is taken: the square of a batch's mean gradient is smaller, and shrinks as the batch grows.
     Always in float32, also inside autocast: half precision rounds small gradients, or loses them.
-    Inside no_grad, too.  Both networks are copied and put in eval mode: neither changes."""
+    Works inside no_grad.  Both networks are copied and put in eval mode: neither changes."""
     if len(z) == 0:
         raise UserError("the Fisher information is a mean over samples: give at least one z")
     G, D = copy.deepcopy(G).eval(), copy.deepcopy(D).eval().requires_grad_(False)
@@ -157,10 +157,10 @@ def ewc_penalty(G, theta_S, F):
 
     theta_S  weights(G).detach() from before the adaptation: a copy, which does not move with G
     F        fisher_diagonal(G, D, z), or scaled_fisher() of it"""
-    return F.dot(nnF.mse_loss(weights(G), theta_S, reduction="none"))   # (theta - theta_S)^2, fast
+    return F.dot((weights(G) - theta_S).square())           # faster than (F * ...).sum()
 
 def make_penalty(method, lam, theta_S, F):
-    """lambda * ewc_penalty as a function of G, or None.  l2, each F_i = 1, tells if F helps."""
+    """lambda * ewc_penalty as a function of G, or None.  l2 (each F_i = 1) shows if F helps."""
     if method in ("finetune", "freezed") or lam == 0:
         return None
     F = {"ewc": scaled_fisher, "l2": torch.ones_like, "raw": lambda F: F}[method](F)
@@ -278,7 +278,7 @@ class Trainer:
     def train(self, images, label, out=None, resume=False, metrics=None, every=400, **same):
         """Train to the last step.  Returns the log: a dict of losses for every tenth step, with
         metrics(gan, step) for every `every`-th.  `out`: a checkpoint, written every ten seconds;
-        resume=True goes on from it, with the same settings but steps, images and `same`."""
+        resume=True goes on from it: settings (but steps), images and `same` must be equal."""
         same = {**asdict(self.settings), "steps": None, "amp": self.amp, **same,
                 "images": zlib.crc32(images.cpu().contiguous().numpy())}
         if resume:
@@ -614,7 +614,7 @@ def load_images(folder, resolution, limit=None):
     links are followed.  Raises UserError if there are none, or one cannot be read."""
     def read(path):
         with reading(path, "an image that Pillow can read"), Image.open(path) as file:
-            file.getexif(), file.info.pop("exif", None)     # read, but not rewritten: odd tags fail
+            file.getexif(), file.info.pop("exif", None)     # else it is rewritten: odd tags fail
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):              # 16 bits, which convert("RGB") would clip
                 image = image.convert("I").point(lambda value: value / 257)
@@ -895,7 +895,7 @@ def run_adapt(args):
     refuse_inside(out, args.target, args.reference)
     shots = load_images(args.target, source.resolution, args.shots)
     reference = args.reference and to_float(load_images(args.reference, source.resolution, 1000))
-    if args.reference and len(reference) < 12:      # half of them must have 5 neighbours each
+    if args.reference and len(reference) < 12:      # each half: a point and 5 neighbours
         raise UserError(f"--reference {args.reference}: needs 12 images, better 1,000")
     metrics = Metrics(features_of(args.features, args.device), to_float(shots), reference)
     runs = planned_runs(args, settings_from_args(ADAPT[source.arch], args))
@@ -903,13 +903,11 @@ def run_adapt(args):
           f"amp {args.amp}, into {out}: {' '.join(runs)}", flush=True)
     table, F, samples, changes = [{"run": "source", **metrics(source)}], {}, {}, {}
     samples["source"] = source.generate(8)
-    if args.reference:      # one half against the other: near a perfect G, with half the images
+    if args.reference:      # half against half: near a perfect G, of fewer images
         table.append({"run": "held-out", **metrics.compare(*metrics.reference.chunk(2))})
     for folder, (name, run) in runs.items():
         folder = out / folder if len(runs) > 1 else out
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**vars(args), **asdict(run), "images": len(shots), "torch": torch.__version__}
-        (folder / "config.json").write_text(json.dumps(config, default=str, indent=1))
         checkpoint, progress = folder / "adapted.pt", {}
 
         def measure(gan, step):
@@ -918,6 +916,8 @@ def run_adapt(args):
 
         gan, F[run.seed], log = adapt(source, shots, run, checkpoint, args.amp,
                                       args.resume and checkpoint.exists(), F.get(run.seed), measure)
+        config = {**vars(args), **asdict(run), "images": len(shots), "torch": torch.__version__}
+        (folder / "config.json").write_text(json.dumps(config, default=str, indent=1))
         rows = write_run(folder, source, shots, gan, F[run.seed], log, progress)
         changes.setdefault(name, rows)                          # of several seeds, show the first
         samples.setdefault(name, gan.generate(8))

@@ -839,8 +839,8 @@ def test_a_student_starts_with_failing_exercises_and_loses_nothing(tmp_path, mon
     (3, "copy.deepcopy(D).eval()", "copy.deepcopy(D)", "must be in eval mode"),
     (3, "copy.deepcopy(G).eval()", "G.eval()", "fisher_diagonal changed the mode"),
     (3, "torch.autocast(z.device.type, enabled=False)", "torch.enable_grad()", "float32"),
-    (4, "nnF.mse_loss(", "nnF.l1_loss(", "not sum_i F_i"),
-    (4, "mse_loss(weights(G)", "mse_loss(weights(G).detach()", "differentiable"),
+    (4, "(weights(G) - theta_S).square()", "(weights(G) - theta_S).abs()", "not sum_i F_i"),
+    (4, "F.dot((weights(G) -", "F.dot((weights(G).detach() -", "differentiable"),
     (4, "F.clamp(max=float(cap)) / float(mean)", "F / float(F.mean())", "capped at one value"),
     (5, ".abs().sum() / old.abs().sum()", ".div(old).abs().mean()", "single ratios")])
 def test_a_wrong_answer_is_told_what_is_wrong(number, right, wrong, says, monkeypatch):

@@ -614,7 +614,7 @@ def load_images(folder, resolution, limit=None):
     links are followed.  Raises UserError if there are none, or one cannot be read."""
     def read(path):
         with reading(path, "an image that Pillow can read"), Image.open(path) as file:
-            file.getexif(), file.info.pop("exif", None)     # else it is rewritten: odd tags fail
+            file.getexif(), file.info.pop("exif", None)     # else rewritten, which odd tags break
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):              # 16 bits, which convert("RGB") would clip
                 image = image.convert("I").point(lambda value: value / 257)
@@ -903,7 +903,7 @@ def run_adapt(args):
           f"amp {args.amp}, into {out}: {' '.join(runs)}", flush=True)
     table, F, samples, changes = [{"run": "source", **metrics(source)}], {}, {}, {}
     samples["source"] = source.generate(8)
-    if args.reference:      # half against half: near a perfect G, of fewer images
+    if args.reference:      # one half against the other: nearly what a perfect G would get
         table.append({"run": "held-out", **metrics.compare(*metrics.reference.chunk(2))})
     for folder, (name, run) in runs.items():
         folder = out / folder if len(runs) > 1 else out

@@ -101,7 +101,7 @@ PRETRAIN = {"stylegan": Training(60000, 16, lr=5e-3, shift=0.0, cutout=0.0),
 # Nothing here depends on the networks below: any two modules G and D will do for which D(G(z)) is a
 # logit.  In "log D", D is the probability of "real", sigmoid(logit); R1 uses the logit itself.
 def as_vector(tensors):
-    """Tensors as one float32 vector, channels (dimension 1) last, as they lie in memory."""
+    """Tensors as one float32 vector, channels (dimension 1) last, as in channels_last."""
     return torch.cat([(t.movedim(1, -1) if t.ndim > 1 else t).flatten().float() for t in tensors])
 
 def weights(G):

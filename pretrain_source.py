@@ -1,13 +1,13 @@
 """Pretrain the source model that ewc_gan.py adapts.
 
     python pretrain_source.py                                     # the shipped domain: drawn faces
-    python pretrain_source.py --data DIR --arch dcgan --resolution 64 --out out/source.pt
+    python pretrain_source.py --data DIR --arch dcgan --out out/source.pt
     python pretrain_source.py --data DIR --out out/source.pt --resume
+    python pretrain_source.py --data DIR --init data/source_stylegan.pt --out out/source.pt
     torchrun --nproc_per_node 8 pretrain_source.py --data DIR     # a batch shared by eight GPUs
 
-Every thousand steps samples are compared with the images.  The best model so far is kept in OUT.pt,
-with 64 of its samples in OUT.png; --resume needs OUT.pt.train.  Stop it when the samples are good
-enough.  Under torchrun each process decodes (or draws) all images.
+Every thousand steps the model is written to OUT.pt, and 64 of its samples to OUT.png.  Stop it when
+the samples are good enough; --resume goes on.  Under torchrun each process reads all images.
 """
 import argparse
 import os
@@ -18,14 +18,15 @@ import torch
 
 import ewc_gan
 
-FACES, FACES_SEED = 20000, 7        # the shipped source domain: faces 0 to 19,999 of seed 7
+FACES = 20000           # the shipped source domain: faces 0 to 19,999 of seed 7
+FACES_SEED = 7
 
 
 def draw_source_images(resolution):
     """The shipped source domain, drawn on all processor cores: uint8 [N, 3, R, R]."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
+    sys.path.insert(0, str(ewc_gan.SHIPPED))
     import draw_faces
-    print(f"drawing {FACES} faces (takes minutes) ...", flush=True)
+    print(f"drawing {FACES} faces (takes minutes) ...")
     faces = draw_faces.draw_faces("photo", FACES, FACES_SEED, resolution)        # [N, R, R, 3]
     return torch.from_numpy(faces).permute(0, 3, 1, 2).contiguous()
 
@@ -33,45 +34,58 @@ def draw_source_images(resolution):
 def parse_arguments(argv):
     p = ewc_gan.Parser("python pretrain_source.py", description=__doc__, allow_abbrev=False,
                        formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=Path, metavar="DIR", help="thousands of images (default: draws "
-                   "faces)")
-    p.add_argument("--arch", choices=ewc_gan.PRETRAIN, default="dcgan", help="(default: dcgan)")
-    p.add_argument("--resolution", type=int, choices=[32, 64, 128, 256], default=64)
-    p.add_argument("--init", type=Path, metavar="FILE", help="start from this model, which decides "
-                   "arch and resolution")
-    p.add_argument("--out", type=Path, metavar="FILE", help="the checkpoint to write (default: "
-                   "out/source_ARCH.pt)")
-    p.add_argument("--resume", action="store_true", help="go on after a stop, or with more --steps")
+    p.add_argument("--data", type=Path, help="a folder of thousands of images, with those of the "
+                   "folders in it (default: draws faces)")
+    p.add_argument("--arch", choices=ewc_gan.PRETRAIN, help="(default: stylegan)")
+    p.add_argument("--resolution", type=int, choices=[32, 64, 128, 256], help="(default: 64)")
+    p.add_argument("--init", type=Path, help="start from this model, of its arch and resolution")
+    p.add_argument("--out", type=Path, help="the checkpoint to write (default: out/source_ARCH.pt)")
+    p.add_argument("--resume", action="store_true", help="go on after a stop")
     ewc_gan.add_settings(p, ewc_gan.PRETRAIN)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.init and (args.arch or args.resolution):
+        p.error("--init decides --arch and --resolution: leave them out")
+    args.out = args.out or Path("out", f"source_{args.arch or 'stylegan'}.pt")
+    if args.data and args.out.resolve().is_relative_to(args.data.resolve()):
+        p.error(f"--out {args.out}: lies in {args.data}, whose images are read")
+    if args.out.exists() and not args.out.with_suffix(".unfinished.pt").exists():
+        p.error(f"--out {args.out}: holds a finished model; name another, and --init to train it on")
+    args.amp = args.amp or ewc_gan.default_amp(args.device)
+    return args
+
+
+def join_processes(device):
+    """Under torchrun: join the other processes; only the first one speaks."""
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        if torch.distributed.get_rank():
+            sys.stdout = open(os.devnull, "w")
 
 
 def main(argv=None):
     with ewc_gan.clean_exit("pretrain_source.py"):
         args = parse_arguments(argv)
-        device = args.device
-        if torch.distributed.is_torchelastic_launched():         # by torchrun: join the others
-            if device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-            if torch.distributed.get_rank():                     # one process speaks
-                sys.stdout = open(os.devnull, "w")
+        join_processes(args.device)
         torch.backends.cudnn.allow_tf32 = False                  # float32 is to be float32
         torch.manual_seed(args.seed or 0)                        # of the initial weights
         if args.init:
-            gan = ewc_gan.GAN.load(args.init, device)
+            gan = ewc_gan.GAN.load(args.init, args.device)
         else:
-            gan = ewc_gan.GAN(args.arch, args.resolution)
-            gan.to(device, memory_format=ewc_gan.memory_format(device))
+            gan = ewc_gan.GAN(args.arch or "stylegan", args.resolution or 64)
+            gan.to(args.device, memory_format=ewc_gan.memory_format(args.device))
         settings = ewc_gan.settings_from_args(ewc_gan.PRETRAIN[gan.arch], args)
-        out = args.out or Path("out", f"source_{gan.arch}.pt")
-        ewc_gan.refuse_inside(out, args.data)
-        images = (ewc_gan.load_images(args.data, gan.resolution) if args.data
-                  else draw_source_images(gan.resolution))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        ewc_gan.pretrain(images, gan, settings, out, args.amp, args.resume)
-        print(f"{out}: the source model;  {out.with_suffix('.png')}: samples")
-        if torch.distributed.is_initialized():
+        if args.data:
+            images = ewc_gan.load_images(args.data, gan.resolution, nested=True)
+        else:
+            images = draw_source_images(gan.resolution)
+        if len(images) < 1000:
+            print("a source needs thousands of images: with few it learns them by heart")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        ewc_gan.pretrain(images, gan, settings, args.out, args.amp, args.resume)
+        print(f"{args.out}: the source model;  {args.out.with_suffix('.png')}: samples")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 

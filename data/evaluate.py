@@ -40,17 +40,23 @@ from ewc_gan import (GAN, SHIPPED, Parser, UserError, clean_exit, image_grid,  #
 
 # ---------- Measures ------------------------------------------------------------------------
 def frechet_distance(a, b):
-    """Frechet distance of two Gaussians, fitted to features a [N, C] and b [M, C] (Heusel et
-    al. 2017, there of Inception's features):
+    """Frechet distance of two Gaussians, fitted to features a [N, C] and b [M, C] (Heusel et al.
+    2017, there of Inception's features):
 
         |mu_a - mu_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2))
 
-    The last trace is the sum of the roots of the eigenvalues of C_a C_b.  None is below 0."""
-    C_a = a.double().T.cov()
-    C_b = b.double().T.cov()
-    roots = torch.linalg.eigvals(C_a @ C_b).sqrt().real         # an eigenvalue of 0 may be -1e-16
+    With C = R^T R, the last trace is the sum of the singular values of R_a R_b^T.  R comes from the
+    samples themselves (QR), which is exact also for fewer samples than features."""
+    def root(x):
+        return torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
+
+    a = a.double()
+    b = b.double()
     means = (a.mean(0) - b.mean(0)).square().sum()
-    return float(means + C_a.trace() + C_b.trace() - 2 * roots.sum())
+    R_a = root(a)
+    R_b = root(b)
+    cross = torch.linalg.svdvals(R_a @ R_b.T).sum()
+    return float(means + R_a.square().sum() + R_b.square().sum() - 2 * cross)
 
 def precision_recall(real, fake, k=5):
     """(1) Share of fake [M, C] inside the manifold of real [N, C]; (2) of real in that of fake.
@@ -200,7 +206,7 @@ def factors_kept(style, source):
     return kept, correlations(read(images), truth)
 
 # ---------- Charts and tables ---------------------------------------------------------------
-COLORS = ["#1f5fa8", "#d9822b", "#3f8f5f", "#a23b72", "#777777", "#c8b400", "#57b8d0", "#7a4a21"]
+COLORS = ["#1f5fa8", "#d9822b", "#3f8f5f", "#a23b72", "#777777", "#c8b400"]
 
 def chart(panels):
     """Panels of bars, one below the other -> a PIL picture, 1600 pixels wide.  A panel: (title,
@@ -301,14 +307,6 @@ def load_run(checkpoint, top):
         label = re.sub(r"_seed\d+$", "", str(folder.relative_to(top)))
     return Run(label, config["seed"], setup, layers, GAN.load(checkpoint))
 
-def load_source(path):
-    """A shipped source is found wherever the run was started, even in another copy of data/."""
-    path = Path(path)
-    if path.parent.name == "data" and not path.exists():
-        path = SHIPPED / path.name
-        print(f"the source of these runs is not where it was: {path} is taken")
-    return GAN.load(path)
-
 def load_enough(folder, resolution):
     """The first 1,000 images below a folder, float [N, 3, R, R] in [-1, 1]; 12 at least."""
     images = load_images(folder, resolution, 1000, nested=True)
@@ -371,7 +369,7 @@ def evaluate(args):
     target = args.target or target
     if not target or args.factors and not runs:
         raise UserError("no adapted.pt in the folders: images need --target, and no --factors")
-    source = source and load_source(source)
+    source = source and GAN.load(source)
     resolution = source.resolution if source else 64
     shots = to_float(load_images(target, resolution, limit))
     reference = args.reference and load_enough(args.reference, resolution)

@@ -119,8 +119,7 @@ def test_exercise_1_losses_have_these_values():
     close(d_logistic_loss(real, fake), 2.3139373,
           "L_D is not -E[log D(x)] - E[log(1 - D(G(z)))], D(x) being the sigmoid of the logit",
           {"a sum over the images, not their mean": 5.6011702,
-           "real and fake are exchanged": 1.0972706,
-           "half of it": 1.1569686})
+           "real and fake are exchanged": 1.0972706})
     close(g_nonsaturating_loss(fake), 0.6066290,
           "L_adv of G is not -E[log D(G(z))], D(x) being the sigmoid of the logit",
           {"this is E[log(1 - D(G(z)))], which saturates": -0.9732956,
@@ -149,8 +148,7 @@ def test_exercise_2_r1_in_closed_form():
     expected = 1.96 * size.mean()
     close(r1, expected, "R1 is not the squared length of each image's gradient, averaged",
           {"the mean over pixels, not their sum": expected / 48,
-           "the sum over images, not their mean": expected * 5,
-           "gamma / 2 belongs to the training step": expected / 2})
+           "the sum over images, not their mean": expected * 5})
     check(r1.requires_grad, "R1 is not differentiable in D: take the gradient with create_graph")
     gradient, = torch.autograd.grad(r1, c)
     close(gradient, 5.6 * size.mean(), "d R1 / d D is wrong")
@@ -180,12 +178,15 @@ def test_exercise_3_fisher_in_closed_form():
     expected = gradients.square().mean(0)
     squared_mean = gradients.mean(0).square()
     of_logit = D[1].weight.detach().T * z.flatten(1)[:, None]               # [50, 3, 8]
+    error = error_of(fisher_diagonal, G, D, z)
+    check(not error, f"fisher_diagonal fails: {error}")
     F = fisher_diagonal(G, D, z)
     check(F.shape == (29,), "F is not one vector with a value for each trainable weight of G")
     close(F[5:], expected, "F is not E_z[(d log D(G(z)) / d theta)^2]",
           {"this is a sum over z, not the mean": 50 * expected,
            "the mean gradient was squared; square the gradient of each z": squared_mean,
            "the gradient of a batch was squared; square that of each z": 50 * squared_mean,
+           "the gradient of a mean was squared; square that of each z": squared_mean / 50,
            "the gradients are not squared": gradients.mean(0),
            "the order is not that of weights(G): flatten() of each parameter":
                expected.view(3, 2, 4).movedim(1, 2).flatten(),
@@ -289,6 +290,7 @@ def test_weights_are_a_differentiable_float32_copy_in_the_order_of_the_parameter
     conv.bias.requires_grad_(False)
     theta = weights(G)
     expected = torch.cat([p.reshape(-1).float() for p in (conv.weight, *G[1].parameters())])
+    assert theta.tolist() == expected.tolist(), "not flatten() of each, in G's order"
     conv.weight.data.add_(1)
     assert torch.equal(theta, expected), "theta must be a copy, which does not move with G"
     assert theta.requires_grad
@@ -366,8 +368,7 @@ def test_exercise_5_layer_changes_by_hand():
     close(columns["fisher"], vector("3 24 9") / size, "'fisher' is not the mean of F")
     close(columns["change"], moved / theta_S,
           "'change' is not sum |theta - theta_S| / sum |theta_S|, in %",
-          {"a share, not in %": moved / theta_S / 100,
-           "divided by |theta|, not |theta_S|": moved / vector("2 18 18"),
+          {"divided by |theta|, not |theta_S|": moved / vector("2 18 18"),
            "theta is in another order than weights(G)": 100 * vector("1 11 0") / theta_S})
 
 def test_exercise_5_layer_changes_of_a_G_that_is_partly_frozen():
@@ -427,17 +428,18 @@ def test_adaptation_trains_D_and_leaves_the_source_alone(arch):
             assert same, f"{name}: BatchNorm must stay frozen"
     same_states(source, untouched)
 
-@each_arch
-def test_a_resumed_adaptation_ends_with_the_same_bits(arch, tmp_path, monkeypatch):
-    """Stopped in step 116, it goes on from step 100; until its end the older model stays."""
+@pytest.mark.parametrize("arch, steps", [("stylegan", 120), ("dcgan", 410)])
+def test_a_resumed_adaptation_ends_with_the_same_bits(arch, steps, tmp_path, monkeypatch):
+    """Stopped 5 steps before its end, it goes on from step 100 or 400, that of a look; until its
+    end the older model stays."""
     source = small_gan(arch)
-    settings = replace(TOY, steps=120, seed=np.int64(1))
+    settings = replace(TOY, steps=steps, seed=np.int64(1))
     whole = adapt(source, IMAGES, settings)
     adapt(source, IMAGES, TOY, tmp_path)                # an earlier run into the same folder
     assert os.listdir(tmp_path) == ["adapted.pt"]
     finished = tmp_path / "adapted.pt"
     older = finished.read_bytes()
-    stopped(115, monkeypatch, adapt, source, IMAGES, settings, tmp_path)
+    stopped(steps - 5, monkeypatch, adapt, source, IMAGES, settings, tmp_path)
     for name, gan, images, lr in (("source", small_gan(arch, 1), IMAGES, settings.lr),
                                   ("images", source, IMAGES.flip(0), settings.lr),
                                   ("lr", source, IMAGES, 1)):
@@ -561,7 +563,6 @@ def test_load_images_of_every_mode(tmp_path, capsys):
     loaded = load_images(tmp_path, 16)
     left_out = capsys.readouterr().out.partition("left out: ")[2]
     assert {"1 .heic", "1 .txt", "1 more"} <= set(re.findall(r"1 \S+", left_out))
-    assert left_out.count("\n") == 1
     assert loaded.dtype == torch.uint8
     assert (loaded[7] == 255).all(), "transparent pixels lie on white"
     for image in loaded[:7].flatten(0, 1):              # each channel of each
@@ -621,7 +622,6 @@ BAD_INPUT = [                                       # what is typed; what the li
     ("ewc_gan --target nested", "nested: no images in it; left out: 1 in"),
     ("ewc_gan --target cut", "cut/a b.png: cannot be used"),
     ("ewc_gan --target cut", "cut/sixteen.png: cannot be used (more than 8 bits"),
-    ("ewc_gan --target two --source nowhere.pt", "nowhere.pt"),
     ("ewc_gan --target two --source cut.pt", "cut.pt"),
     ("ewc_gan --target two --source code.pt", "code.pt"),
     ("ewc_gan --target two --source giant.pt", "giant.pt"),
@@ -629,10 +629,8 @@ BAD_INPUT = [                                       # what is typed; what the li
     ("ADAPT --shots 0", "--shots"),
     ("ADAPT --steps 1.5", "--steps"),
     ("ADAPT --lam inf", "lam inf"),
-    ("ADAPT --fisher-samples 0", "fisher_samples 0"),
     ("ADAPT --method magic", "--method"),
     ("ADAPT --step 3", "--step"),
-    ("ADAPT --generate 3", "--generate"),
     ("ADAPT --out file", "file"),
     ("ADAPT --out run --resume", "run/unfinished.pt: cannot be used"),
     ("ewc_gan --checkpoint good.pt", "--generate"),
@@ -641,7 +639,6 @@ BAD_INPUT = [                                       # what is typed; what the li
     ("pretrain_source --data two --out good.pt", "good.pt: holds a finished model"),
     ("pretrain_source --data two --out part.pt --resume", "part.unfinished.pt: cannot be used"),
     ("pretrain_source --init good.pt --arch dcgan", "--init"),
-    ("pretrain_source --resolution 48", "--resolution"),
     ("draw_faces --style magic --out x", "--style"),
     ("evaluate two", "--target"),
     ("evaluate two --target two --factors emoji", "--factors"),
@@ -704,11 +701,11 @@ def test_generate_writes_images_of_each_seed_and_a_sheet(world, monkeypatch):
     assert Path("\u732b_seed5.png").exists()
 
 def test_several_runs_have_a_folder_each_and_resume_leaves_finished_ones(several, capsys):
-    before = {path: path.stat() for path in several.rglob("*.pt")}
+    before = [path.stat().st_mtime for path in several.rglob("*.pt")]
     assert sorted(os.listdir(several)) == ["comparison.png", "ewc_seed0", "ewc_seed1"]
     assert run(*ADAPT[1:], *TOY_RUN, "--seed", 0, 1, "--out", several, "--resume") == 0
     assert "nothing to resume" in capsys.readouterr().out
-    assert before == {path: path.stat() for path in several.rglob("*.pt")}
+    assert before == [path.stat().st_mtime for path in several.rglob("*.pt")]
 
 def test_settings_of_the_runs_of_a_command():
     """lambda is meant for ewc, raw and l2: the other methods run once.  0 is called finetune."""
@@ -760,9 +757,7 @@ def test_a_table_has_the_measures_of_its_runs(several, monkeypatch):
     monkeypatch.setattr(evaluate, "features_of", lambda judge: colours)
     assert run(several, program=evaluate) == 0
     metrics = evaluate.Metrics(colours, to_float(load_images("two", 32)))
-    source, *rows = table_of(several / "evaluation.csv")
-    assert source["run"] == "source"
-    for row in rows:
+    for row in table_of(several / "evaluation.csv")[1:]:        # after the source
         gan = GAN.load(several / f"ewc_seed{row['seed']}" / "adapted.pt")
         expected = metrics(gan.generate(metrics.n, seed=1))
         close(float(row["diversity"]), expected["diversity"], "diversity", rtol=1e-3)
@@ -771,7 +766,6 @@ def test_a_table_has_the_measures_of_its_runs(several, monkeypatch):
 def test_faces_depend_on_seed_and_index_alone_and_the_ten_shot_sets_are_what_is_drawn():
     five = draw_faces.draw_faces("photo", 5, 3, workers=1)
     assert np.array_equal(five[:3], draw_faces.draw_faces("photo", 3, 3))
-    assert not np.array_equal(five[:3], five[2:])
     for style, folder in draw_faces.TEN_SHOT_FOLDERS.items():
         drawn = draw_faces.draw_faces(style, 10, draw_faces.TEN_SHOT_SEED, workers=1)
         shots = load_images(HERE / "data" / folder, 64).movedim(1, 3).numpy()
@@ -855,6 +849,8 @@ def test_fisher_equals_per_sample_gradients_of_torch_func(arch):
 
 def augmented(x, settings, random):
     """Moved, with edges repeated, and with a hole; pixel by pixel."""
+    if not settings.shift:
+        return x
     at = torch.arange(32)
     far = round(settings.shift * 32)
     moves = torch.randint(2 * far + 1, (2, 1), generator=random) - far
@@ -865,7 +861,7 @@ def augmented(x, settings, random):
     rows, columns = (at >= middle - hole // 2) & (at < middle - hole // 2 + hole)
     return x.masked_fill(rows[:, None] & columns, 0)
 
-def train_by_hand(source, images, F, s, augment):
+def train_by_hand(source, images, F, s):
     """Adaptation, written out: the oracle for the training step and the whole loss."""
     G = copy.deepcopy(source.G_ema)
     D = copy.deepcopy(source.D)
@@ -884,8 +880,8 @@ def train_by_hand(source, images, F, s, augment):
         flipped = torch.rand(len(x), generator=random) < 0.5
         x[flipped] = x[flipped].flip(3)
         z = torch.randn(s.batch_size, source.z_dim, generator=random)
-        x = augment(x, s, random)
-        fake = augment(G(z), s, random)
+        x = augmented(x, s, random)
+        fake = augmented(G(z), s, random)
         loss = nnF.softplus(-D(x)).mean()
         loss = loss + nnF.softplus(D(fake.detach())).mean()
         if step % s.r1_every == 0:
@@ -906,7 +902,7 @@ def train_by_hand(source, images, F, s, augment):
         decay = min(s.ema, (1 + step) / (10 + step))
         for average, p in zip(ema.parameters(), G.parameters()):
             average.data.lerp_(p.data, 1 - decay)
-    return {"G": G, "D": D, "G_ema": ema}
+    return {"D": D, "G": G, "G_ema": ema}
 
 @pytest.mark.parametrize("method, lam", [
     ("finetune", 5), ("ewc", 0), ("ewc", 1), ("raw", 1000), ("l2", 1)])
@@ -914,21 +910,22 @@ def train_by_hand(source, images, F, s, augment):
 def test_adaptation_equals_the_loop_written_by_hand(arch, method, lam):
     """Without a penalty, shift and hole it is plain fine-tuning, bit for bit."""
     source = small_gan(arch)
-    settings = replace(TOY, method=method, lam=lam, ema=0.3, seed=3,
+    settings = replace(TOY, method=method, lam=lam, ema=0.15, seed=3,
                        shift=0.1, cutout=0.4)
     measured = fisher_diagonal(source.G_ema, source.D, source.z(4, 1003))
     F = {"ewc": scaled_fisher(measured), "raw": measured,
          "l2": torch.ones_like(measured), "finetune": None}[method]
-    augment = augmented
     if method == "finetune" or lam == 0:
         settings = replace(settings, shift=0, cutout=0)
-        augment = lambda x, *_: x  # noqa: E731
         F = None
-    gan, fisher, log, _ = adapt(source, IMAGES, settings)
-    assert torch.equal(fisher, measured)
-    for name, network in train_by_hand(source, IMAGES, F, settings, augment).items():
-        for p, q in zip(getattr(gan, name).parameters(), network.parameters()):
-            check(torch.equal(p, q) if F is None else is_close(p, q), f"{name} is another")
+    for steps in (1, 2):                # in the first step D comes first; the penalty is 0
+        settings.steps = steps
+        gan, fisher, log, _ = adapt(source, IMAGES, settings)
+        assert torch.equal(fisher, measured), "F is not that of G_ema"
+        for name, network in train_by_hand(source, IMAGES, F, settings).items():
+            message = f"{name} after step {steps} is not that of the loop written by hand"
+            for p, q in zip(getattr(gan, name).parameters(), network.parameters()):
+                check(torch.equal(p, q) if F is None else is_close(p, q), message)
     assert ("penalty" in log[-1]) == (method != "finetune")
 
 WRONG = [       # exercise; a piece of the program; an answer in its place; what its author reads

@@ -196,7 +196,6 @@ class Trainer:
     """The networks of one training, their optimisers, and its random number generator.  With F,
     G is held back by settings.lam * ewc_penalty(G, theta_S, F).  Under torchrun each process
     draws its share of the batch with a seed of its own, and gradients are averaged."""
-    SAVE_EVERY = 100                # steps
     def __init__(self, gan, settings, amp="off", theta_S=None, F=None):
         self.gan = gan
         self.settings = settings
@@ -317,7 +316,7 @@ class Trainer:
                 self.record(losses)
             if self.step % every == 0 or last:
                 look(self.step)
-            if self.step % self.SAVE_EVERY == 0 or last:
+            if self.step % 100 == 0 or last:
                 self.save_state(unfinished, same)
                 self.show(label, (time.monotonic() - start) / (self.step - first))
         if unfinished and self.rank == 0:

@@ -716,11 +716,11 @@ def test_settings_of_the_runs_of_a_command():
     assert set(runs) == {"finetune", "l2_5", "freezed"}
     assert runs["l2_5"] == Adaptation(lr=0.5, method="l2", lam=5)
 
-def test_a_closed_pipe_stops_with_one_line(world):
+def test_a_closed_pipe_stops_with_one_line(several):
     """As `python ewc_gan.py ... | head -2` does."""
     command = [sys.executable, HERE / "ewc_gan.py", *ADAPT[1:], *TOY_RUN, "--steps", "500"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=world, text=True, **pipes) as process:
+    with subprocess.Popen(command, text=True, **pipes) as process:
         process.stdout.readline()
         process.stdout.readline()
         process.stdout.close()

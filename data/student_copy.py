@@ -35,6 +35,7 @@ def pytest_runtest_call(item):
     if item.name.startswith("test_exercise"):
         pytest.fail(f"{exercise} is not solved yet", pytrace=False)
     pytest.skip(f"needs {exercise}")
+pytest_runtest_setup = pytest_runtest_call
 '''
 
 def without_solutions(program, solved):
@@ -75,8 +76,7 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: p.exit(2, f"student_copy.py: {message}\n")
     p.add_argument("folder", metavar="DIR", type=Path, help="a new folder")
-    p.add_argument("--solved", type=int, nargs="+", choices=EXERCISES, default=[],
-                   help="exercises that keep their solution")
+    p.add_argument("--solved", type=int, nargs="+", choices=EXERCISES, default=[])
     args = p.parse_args(argv)
     if args.folder.exists():
         p.error(f"{args.folder}: exists; name a new folder")

@@ -73,9 +73,9 @@ class Training:
         for f in fields(self):
             value = f.type(getattr(self, f.name))                   # also of NumPy's numbers
             setattr(self, f.name, value)
-            low = f.metadata.get("low", 0)
-            if f.type is not str and not low <= value < 2**63:      # refuses NaN, too
-                raise UserError(f"{f.name} {value}: must be a number from {low} on")
+            low, choices = f.metadata.get("low", 0), f.metadata.get("choices")
+            if not (value in choices if choices else low <= value < 2**63):     # nor NaN
+                raise UserError(f"{f.name} {value}: must be {choices or f'{low} or more'}")
 
     def lr_at(self, step):
         """Decays as 1 / sqrt(step): needs no last step, so a training can be made longer."""
@@ -868,7 +868,8 @@ def clean_exit(program):
         sys.exit(f"{program}: stopped; a training goes on with the same command and --resume")
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         name = f"{error.filename}: " if getattr(error, "filename", None) else ""
-        print(f"{program}: {name}{reason(error)}", file=sys.stderr)
+        text = str(error) if isinstance(error, UserError) else name + reason(error)
+        print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
 
 def main(argv=None):

@@ -73,7 +73,8 @@ class Training:
         for f in fields(self):
             value = f.type(getattr(self, f.name))                   # also of NumPy's numbers
             setattr(self, f.name, value)
-            low, choices = f.metadata.get("low", 0), f.metadata.get("choices")
+            low = f.metadata.get("low", 0)
+            choices = f.metadata.get("choices")
             if not (value in choices if choices else low <= value < 2**63):     # nor NaN
                 raise UserError(f"{f.name} {value}: must be {choices or f'{low} or more'}")
 
@@ -228,9 +229,8 @@ class Trainer:
         return real.to(z), z
 
     def augment(self, x):
-        """What D sees of x [B, 3, R, R]: translated at random (edge pixels repeated), with a
-        random square set to 0; one shift and one square for all of x, new ones in each call.
-        This keeps D from memorising the few shots (after DiffAugment, Zhao et al. 2020)."""
+        """What D sees of x [B, 3, R, R]: all of it moved by one random shift, with one random
+        square set to 0, so that D does not memorise the shots (DiffAugment, Zhao et al. 2020)."""
         size = x.shape[-1]
         far = round(self.settings.shift * size)
         hole = round(self.settings.cutout * size)
@@ -301,8 +301,8 @@ class Trainer:
 
     def train(self, images, label, look, every, unfinished=None, resume=False, **same):
         """Train to the last step, and call look(step) at every `every`-th and at the last.
-        unfinished: a file that holds the state while the training lasts, written every 100
-        steps.  resume=True goes on from it, if it is there; `same` must be equal then."""
+        unfinished: a file with the state, written every 100 steps, removed at the end.
+        resume=True goes on from it, if it is there; `same` must be equal then."""
         same = {**asdict(self.settings), "amp": self.amp, "images": checksum(images), **same}
         if resume and unfinished.exists():
             self.load_state(unfinished, same)
@@ -382,11 +382,9 @@ def adapt(source, images, settings, out=None, amp="off", resume=False):
     """Adapt a source GAN, which is not changed, to a few images with EWC, or with a baseline.
 
     images    the shots: uint8 [N, 3, R, R], or float in [-1, 1], of the source's resolution R
-    settings  Adaptation
     out       a folder, in which the adapted GAN becomes adapted.pt.  resume=True goes on from
               unfinished.pt in it, the state of a training that was stopped
-    amp       'off', 'bf16' or 'fp16'
-    Returns Adapted(gan, fisher, log, progress)."""
+    amp       'off', 'bf16' or 'fp16';  settings  Adaptation.  Returns Adapted"""
     if images.shape[-1] != source.resolution:
         raise UserError(f"images of {images.shape[-1]} pixels; the source: {source.resolution}")
     theta_S = weights(source.G_ema).detach()        # of G_ema: it makes the better images
@@ -410,7 +408,6 @@ def adapt(source, images, settings, out=None, amp="off", resume=False):
         trainer.progress[step] = to_uint8(gan.generate(10))
         if out and step == settings.steps:
             gan.save(Path(out, "adapted.pt"), settings=asdict(settings))
-
     trainer.train(images.to(source.device), settings.method, look, 400,
                   out and Path(out, "unfinished.pt"), resume, source=checksum(theta_S))
     return Adapted(gan, fisher, trainer.log, trainer.progress)
@@ -421,10 +418,9 @@ def layer_of(name):
 
 @torch.no_grad()
 def layer_changes(G, theta_S, F):
-    """Which weights changed (the paper's analysis): a dict for each layer of the adapted G, with
-    'layer' (as layer_of), the mean 'fisher', the mean absolute 'weight' in theta_S, and 'change'
-    in %: sum |theta - theta_S| / sum |theta_S|, not a mean of single ratios, which would depend
-    mostly on weights near 0."""
+    """Which weights changed (the paper's analysis): a dict for each 'layer' (layer_of), with the
+    mean 'fisher', the mean absolute 'weight' in theta_S, and 'change' in %: sum |theta - theta_S|
+    / sum |theta_S|, not a mean of ratios, which would depend mostly on weights near 0."""
     sizes = Counter()
     for name, p in G.named_parameters():
         sizes[layer_of(name)] += p.numel() * p.requires_grad
@@ -501,8 +497,7 @@ class ModulatedConv(nn.Module):
 
 class StyleGANGenerator(nn.Module):
     """z [N, z_dim] -> image [N, 3, R, R] in (-1, 1): a small StyleGAN2 (Karras et al. 2020).
-    No noise inputs: an image depends on z alone, so that images of the same z can be compared.
-    tanh at the end, as in DCGAN: it makes flat colours, such as a white ground, easy to draw."""
+    No noise inputs: an image depends on z alone.  With a tanh flat colours are easy to draw."""
     def __init__(self, z_dim, channels):
         super().__init__()
         self.mapping = nn.ModuleList(
@@ -691,8 +686,10 @@ def load_images(folder, resolution, limit=None, nested=False):
     note = " ".join(f"{n} {kind}" for kind, n in others.items())
     note = note and f"; left out: {note} (convert images to PNG)"
     if not paths:
-        missing = "a file, not a folder" if folder.is_file() else "no such folder"
-        raise UserError(f"{folder}: {'no images in it' if folder.is_dir() else missing}{note}")
+        problem = "no images in it" if folder.is_dir() else "no such folder"
+        if folder.is_file():
+            problem = "a file, not a folder"
+        raise UserError(f"{folder}: {problem}{note}")
     print(f"{folder}: {len(paths)} images{note}")
 
     def read(path):
@@ -768,8 +765,9 @@ def add_settings(p, table, several=()):
                    help="mixed precision (default: off; on a GPU bf16, or fp16 if it lacks bf16)")
 
 def default_amp(device):
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if bf16 else "fp16" if device == "cuda" else "off"
+    if device != "cuda":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 def settings_from_args(defaults, args):
     """The settings of a family, with what the command line names in place of its defaults."""

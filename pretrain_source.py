@@ -1,13 +1,13 @@
 """Pretrain the source model that ewc_gan.py adapts.
 
-    python pretrain_source.py                                     # the shipped domain: drawn faces
+    python pretrain_source.py                                     # the shipped domain
     python pretrain_source.py --data DIR --arch dcgan --out out/source.pt
     python pretrain_source.py --data DIR --out out/source.pt --resume
     python pretrain_source.py --data DIR --init data/source_stylegan.pt --out out/source.pt
-    torchrun --nproc_per_node 8 pretrain_source.py --data DIR     # a batch shared by eight GPUs
+    torchrun --nproc_per_node 8 pretrain_source.py --data DIR     # eight GPUs share a batch
 
-Every thousand steps the model is written to OUT.pt, and 64 of its samples to OUT.png.  Stop it when
-the samples are good enough; --resume goes on.  Under torchrun each process reads all images.
+Every thousand steps the model is written to OUT.pt, and 64 of its samples to OUT.png.  Stop it
+when the samples are good enough; --resume goes on.  Under torchrun each process reads all images.
 """
 import argparse
 import os
@@ -38,8 +38,8 @@ def parse_arguments(argv):
                    "folders in it (default: draws faces)")
     p.add_argument("--arch", choices=ewc_gan.PRETRAIN, help="(default: stylegan)")
     p.add_argument("--resolution", type=int, choices=[32, 64, 128, 256], help="(default: 64)")
-    p.add_argument("--init", type=Path, help="start from this model, of its arch and resolution")
-    p.add_argument("--out", type=Path, help="the checkpoint to write (default: out/source_ARCH.pt)")
+    p.add_argument("--init", type=Path, help="start from this model, with its architecture")
+    p.add_argument("--out", type=Path, help="a checkpoint (default: out/source_ARCH.pt)")
     p.add_argument("--resume", action="store_true", help="go on after a stop")
     ewc_gan.add_settings(p, ewc_gan.PRETRAIN)
     args = p.parse_args(argv)
@@ -49,7 +49,7 @@ def parse_arguments(argv):
     if args.data and args.out.resolve().is_relative_to(args.data.resolve()):
         p.error(f"--out {args.out}: lies in {args.data}, whose images are read")
     if args.out.exists() and not args.out.with_suffix(".unfinished.pt").exists():
-        p.error(f"--out {args.out}: holds a finished model; name another, and --init to train it on")
+        p.error(f"--out {args.out}: holds a finished model; name another file")
     args.amp = args.amp or ewc_gan.default_amp(args.device)
     return args
 

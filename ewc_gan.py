@@ -783,11 +783,11 @@ def parse_arguments(argv):
                    help="a model of pretrain_source.py (default: data/source_stylegan.pt)")
     p.add_argument("--out", type=Path, help="where to write (default: out/TARGET; "
                    "with --generate: beside the model)")
-    p.add_argument("--shots", type=int, help="use the first K images (default: all)")
+    p.add_argument("--shots", type=int, help="how many images to use (default: all)")
     p.add_argument("--resume", action="store_true", help="go on with runs that were stopped")
     add_settings(p, ADAPT, several=("method", "lam", "seed"))
     p.add_argument("--checkpoint", type=Path, help="a model to --generate from")
-    p.add_argument("--generate", type=int, help="write N images, then stop")
+    p.add_argument("--generate", type=int, help="how many images to write")
     args = p.parse_args(argv)
     given = [x is not None for x in (args.target, args.checkpoint, args.generate)]
     if given not in ([True, False, False], [False, True, True]):

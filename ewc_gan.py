@@ -266,7 +266,6 @@ class Trainer:
         if self.step % s.r1_every == 0:         # in float32; rare, so weighted r1_every times
             total_D = loss_D + s.r1_every * s.r1_gamma / 2 * d_r1_loss(D, real)
         self.update(self.opt_D, total_D)
-
         # G: minimise  L_adapt = L_adv + lambda * sum_i F_i (theta_i - theta_S,i)^2
         with autocast:
             fake_logits = D(fake)               # [B]; fake has kept the graph of G until here
@@ -300,9 +299,8 @@ class Trainer:
             average.lerp_(p, 1 - decay)
 
     def train(self, images, label, look, every, unfinished=None, resume=False, **same):
-        """Train to the last step, and call look(step) at every `every`-th and at the last.
-        unfinished: a file with the state, written every 100 steps, removed at the end.
-        resume=True goes on from it, if it is there; `same` must be equal then."""
+        """Train to the last step; look(step) is called at each `every`-th and the last.  The file
+        `unfinished` has the state until then; to resume from it, `same` must be equal."""
         same = {**asdict(self.settings), "amp": self.amp, "images": checksum(images), **same}
         if resume and unfinished.exists():
             self.load_state(unfinished, same)
@@ -378,18 +376,19 @@ def pretrain(images, gan, settings, checkpoint, amp="off", resume=False, every=1
 # A GAN; fisher_diagonal() of its source; and log and progress of its Trainer
 Adapted = namedtuple("Adapted", "gan fisher log progress")
 
-def adapt(source, images, settings, out=None, amp="off", resume=False):
+def adapt(source, images, settings, out=None, amp="off", resume=False, fisher=None):
     """Adapt a source GAN, which is not changed, to a few images with EWC, or with a baseline.
 
     images    the shots: uint8 [N, 3, R, R], or float in [-1, 1], of the source's resolution R
     out       a folder, in which the adapted GAN becomes adapted.pt.  resume=True goes on from
               unfinished.pt in it, the state of a training that was stopped
-    amp       'off', 'bf16' or 'fp16';  settings  Adaptation.  Returns Adapted"""
+    amp       'off', 'bf16' or 'fp16';  fisher  of the source, if measured before"""
     if images.shape[-1] != source.resolution:
         raise UserError(f"images of {images.shape[-1]} pixels; the source: {source.resolution}")
     theta_S = weights(source.G_ema).detach()        # of G_ema: it makes the better images
-    z = source.z(settings.fisher_samples, seed=1000 + settings.seed)     # not those of pictures
-    fisher = fisher_diagonal(source.G_ema, source.D, z.to(source.device))
+    if fisher is None:
+        z = source.z(settings.fisher_samples, seed=1000 + settings.seed)    # not those of pictures
+        fisher = fisher_diagonal(source.G_ema, source.D, z.to(source.device))
     F = None                                        # finetune, freezed: no penalty
     if settings.method == "ewc":
         F = scaled_fisher(fisher)
@@ -524,8 +523,7 @@ class StyleGANGenerator(nn.Module):
         return torch.tanh(image)
 
 class Discriminator(nn.Module):
-    """image [N, 3, R, R] -> logit [N]; that of DCGAN, for both families.  No BatchNorm and no
-    minibatch statistics: D judges each image by itself."""
+    """image [N, 3, R, R] -> logit [N].  No BatchNorm: D judges each image by itself."""
     def __init__(self, channels):
         super().__init__()
         convs, layers = [], []
@@ -601,7 +599,7 @@ class GAN(nn.Module):
         """Write sizes, G_ema, D and extra: only tensors, numbers, strings, lists and dicts."""
         sizes = {name: getattr(self, name) for name in self.SIZES}
         networks = {"G_ema": self.G_ema.state_dict(), "D": self.D.state_dict()}
-        write_checkpoint(checkpoint, {"format": "ewc-gan 1", **sizes, **networks, **extra})
+        write_checkpoint(checkpoint, {**sizes, **networks, **extra})
 
     @classmethod
     def load(cls, checkpoint, device="cpu"):
@@ -697,7 +695,6 @@ def load_images(folder, resolution, limit=None, nested=False):
             return read_image(path, resolution)
         except UserError as error:
             return str(error)
-
     Image.MAX_IMAGE_PIXELS = 10**9                      # Pillow would refuse large panoramas
     with ThreadPoolExecutor() as pool:                  # Pillow decodes without Python's lock
         images = list(pool.map(read, paths[:limit]))
@@ -810,16 +807,16 @@ def run_generate(args):
         print(f"{len(images)} images written; {out}_seed{seed}.png shows all of them")
 
 def planned_runs(args, defaults):
-    """{label: settings} of every run that is asked for.  Lambda 0 is called finetune."""
+    """{label: settings} of every run that is asked for.  Lambda 0 is fine-tuning."""
     methods = args.method or [defaults.method]
     lams = args.lam or [defaults.lam]
     seeds = args.seed or [defaults.seed]
     runs = {}
     for method, lam, seed in itertools.product(methods, lams, seeds):
-        label = method
         if lam == 0 and method != "freezed":
-            label = "finetune"
-        elif len(lams) > 1 and method not in ("finetune", "freezed"):
+            method = "finetune"
+        label = method
+        if len(lams) > 1 and method not in ("finetune", "freezed"):
             label += f"_{lam:g}"
         if len(seeds) > 1:
             label += f"_seed{seed}"
@@ -833,6 +830,7 @@ def run_adapt(args):
     top = args.out or Path("out", args.target.resolve().name)
     runs = planned_runs(args, settings_from_args(ADAPT[source.arch], args))
     rows = [("target", shots[:10]), ("source", source.generate(10))]
+    fisher = {}                                         # by seed: all methods share it
     print(f"{args.source.name}, adapted on {args.device}, amp {args.amp}, into {top}: "
           f"{' '.join(runs)}; F is measured first")
     for label, settings in runs.items():
@@ -844,8 +842,10 @@ def run_adapt(args):
             print(f"{checkpoint}: finished, nothing to resume")
             gan = GAN.load(checkpoint, args.device)
         else:
-            adapted = adapt(source, shots, settings, out, args.amp, args.resume)
+            adapted = adapt(source, shots, settings, out, args.amp, args.resume,
+                            fisher.get(settings.seed))
             gan = adapted.gan
+            fisher[settings.seed] = adapted.fisher
             config = {**vars(args), **asdict(settings)}
             (out / "config.json").write_text(json.dumps(config, default=str, indent=1))
             write_run(out, source, shots, label, adapted)

@@ -344,7 +344,8 @@ class Trainer:
         with reading(unfinished):
             saved = torch.load(unfinished, map_location="cpu", weights_only=True)
             for name, value in saved["same"].items():
-                assert value == same[name], f"its {name} was {value}, and is {same[name]} now"
+                if value != same[name]:
+                    raise UserError(f"its {name} was {value}, and is {same[name]} now")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.step = saved["step"]
@@ -475,19 +476,28 @@ class Equalized(nn.Module):
 class ModulatedConv(nn.Module):
     """x [N, I, H, W], w [N, w_dim] -> [N, O, H, W]: a convolution whose input channels are
     scaled by a style s(w), and whose output channels are divided by the norm of their scaled
-    weights (Karras et al. 2020).  To scale x, not each image's weights, is faster."""
-    def __init__(self, c_in, c_out, size, w_dim, demodulate=True):
+    weights (Karras et al. 2020).  To scale x, not each image's weights, is faster.
+    up: [N, O, 2H, 2W] by a 4x4 transposed convolution, which paints 4x4 pixels for each pixel
+    of x, and the sum of 2x2 pixels, which leaves no checkerboard."""
+    def __init__(self, c_in, c_out, size, w_dim, demodulate=True, up=False):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, size, size))
         self.bias = nn.Parameter(torch.zeros(c_out))
         self.style = Equalized(w_dim, c_in, bias=1.0)
         self.scale = 1 / math.sqrt(c_in * size**2)
         self.demodulate = demodulate
+        self.up = up
 
     def forward(self, x, w):
         s = self.style(w)                                                   # [N, I]
         weight = self.weight * self.scale                                   # [O, I, k, k]
-        x = nnF.conv2d(x * s[:, :, None, None], weight, padding="same")     # [N, O, H, W]
+        x = x * s[:, :, None, None]
+        if self.up:
+            x = nnF.conv_transpose2d(x, weight.transpose(0, 1), stride=2, padding=1,
+                                     output_padding=1)                  # [N, O, 2H + 1, 2W + 1]
+            x = nnF.avg_pool2d(x, 2, stride=1, divisor_override=1)          # [N, O, 2H, 2W]
+        else:
+            x = nnF.conv2d(x, weight, padding="same")                       # [N, O, H, W]
         if self.demodulate:
             norm_squared = s.square() @ weight.square().sum((2, 3)).T       # [N, O]
             gain = math.sqrt(2) * (norm_squared + 1e-8).rsqrt()
@@ -502,25 +512,22 @@ class StyleGANGenerator(nn.Module):
         self.mapping = nn.ModuleList(
             Equalized(z_dim, z_dim, gain=math.sqrt(2), lr_multiplier=0.01) for _ in range(4))
         self.constant = nn.Parameter(torch.randn(1, channels[0], 4, 4))
-        self.upsample = nn.Upsample(scale_factor=2, mode="bilinear")
-        self.first = ModulatedConv(channels[0], channels[0], 3, z_dim)
-        steps = zip(channels, channels[1:])
-        self.before = nn.ModuleList(ModulatedConv(i, o, 3, z_dim) for i, o in steps)
-        self.after = nn.ModuleList(ModulatedConv(c, c, 3, z_dim) for c in channels[1:])
-        self.to_rgb = nn.ModuleList(ModulatedConv(c, 3, 1, z_dim, False) for c in channels)
+        self.convs = nn.ModuleDict({"conv4": ModulatedConv(channels[0], channels[0], 3, z_dim)})
+        size = 4
+        for c_in, c_out in zip(channels, channels[1:]):
+            size *= 2
+            self.convs[f"up{size}"] = ModulatedConv(c_in, c_out, 4, z_dim, up=True)
+            self.convs[f"conv{size}"] = ModulatedConv(c_out, c_out, 3, z_dim)
+        self.to_rgb = ModulatedConv(channels[-1], 3, 1, z_dim, demodulate=False)
 
     def forward(self, z):
         w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()           # on a sphere
         for layer in self.mapping:
             w = nnF.leaky_relu(layer(w), 0.2)                               # [N, z_dim]
         x = self.constant.expand(len(z), -1, -1, -1)                        # [N, C, 4, 4]
-        x = nnF.leaky_relu(self.first(x, w), 0.2)
-        image = self.to_rgb[0](x, w)                                        # [N, 3, 4, 4]
-        for before, after, to_rgb in zip(self.before, self.after, self.to_rgb[1:]):
-            x = nnF.leaky_relu(self.upsample(before(x, w)), 0.2)            # [N, C', 2H, 2W]
-            x = nnF.leaky_relu(after(x, w), 0.2)
-            image = self.upsample(image) + to_rgb(x, w)                     # [N, 3, 2H, 2W]
-        return torch.tanh(image)
+        for conv in self.convs.values():
+            x = nnF.leaky_relu(conv(x, w), 0.2)                             # [N, C', R', R']
+        return torch.tanh(self.to_rgb(x, w))
 
 class Discriminator(nn.Module):
     """image [N, 3, R, R] -> logit [N].  No BatchNorm: D judges each image by itself."""
@@ -659,7 +666,8 @@ def read_image(path, resolution):
         file.getexif()                      # parsed, to turn the image upright; but not kept,
         file.info.pop("exif", None)         # or it is written anew, which odd tags break
         image = ImageOps.exif_transpose(file)
-        assert image.mode[0] not in "IF", "more than 8 bits a channel: save it with 8"
+        if image.mode[0] in "IF":
+            raise UserError("more than 8 bits a channel: save it with 8")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")

@@ -20,7 +20,7 @@ EXERCISES = {
     5: ["layer_changes"]}
 FILES = ["ewc_gan.py", "pretrain_source.py", "test_ewc_gan.py", "README.md",
          "requirements.txt", "LICENSE", ".gitignore"]
-LEFT_OUT = ["ASSIGNMENTS.md", "RESULTS.md", "student_copy.py", "grade.py"]
+LEFT_OUT = ["ASSIGNMENTS.md", "RESULTS.md", "student_copy.py", "grade.py", "test_grade.py"]
 END_OF_TESTS = "\n# ---------- Left out of a student's copy"        # in test_ewc_gan.py
 CONFTEST = '''\
 """Tests that need an unsolved exercise are skipped, unless they grade it."""

@@ -418,9 +418,9 @@ def layer_of(name):
 
 @torch.no_grad()
 def layer_changes(G, theta_S, F):
-    """Which weights changed (the paper's analysis): a dict for each 'layer' (layer_of), with the
-    mean 'fisher', the mean absolute 'weight' in theta_S, and 'change' in %: sum |theta - theta_S|
-    / sum |theta_S|, not a mean of ratios, which would depend mostly on weights near 0."""
+    """Which weights changed (the paper's analysis): a dict for each 'layer' (layer_of), with three
+    floats: the mean 'fisher', the mean absolute 'weight' in theta_S, and 'change' in %: sum
+    |theta - theta_S| / sum |theta_S|, as a mean of ratios depends mostly on weights near 0."""
     sizes = Counter()
     for name, p in G.named_parameters():
         sizes[layer_of(name)] += p.numel() * p.requires_grad

@@ -361,6 +361,8 @@ def test_exercise_5_layer_changes_by_hand():
     names = [row["layer"] for row in rows]
     check(names == ["constant", "up", "style"], f"a style belongs to its convolution: {names}")
     columns = {key: [row[key] for row in rows] for key in ("weight", "fisher", "change")}
+    for values in columns.values():
+        check({type(x) for x in values} == {float}, "the values are not floats, but tensors")
     size = vector("2 6 3")
     theta_S = vector("1 19 18")                         # sums of absolute values, by layer
     moved = 100 * vector("1 5 0")

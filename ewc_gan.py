@@ -64,7 +64,7 @@ class Training:
     cutout: float = option(0.0, "D sees images with a hole of this fraction of their width")
     r1_gamma: float = option(1.0, "weight of the R1 penalty on D")
     r1_every: int = 16              # R1 is costly and changes slowly: every 16th step will do
-    beta1: float = 0.0              # of Adam; with momentum the StyleGAN's G and D oscillate
+    beta1: float = 0.0              # of Adam; with many images a StyleGAN needs no momentum
     beta2: float = 0.99
     ema: float = 0.999              # largest decay of G's moving average
     seed: int = option(0, "seed of all random numbers")
@@ -93,6 +93,7 @@ class Adaptation(Training):
     shift: float = option(0.0625, "D sees images moved by up to this fraction of their width")
     cutout: float = option(0.5, "D sees images with a hole of this fraction of their width")
     r1_gamma: float = option(0.3, "weight of the R1 penalty on D")  # 1: more variety, less sharp
+    beta1: float = 0.5              # momentum evens out batches of four images
     method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 7000 (DCGAN: "
                          "500); l2: each F_i is 1; finetune: no penalty; freezed: finetune with "
                          "D's lower layers frozen (Mo et al. 2020)",
@@ -106,7 +107,7 @@ class Adaptation(Training):
 
 ADAPT = {
     "stylegan": Adaptation(),
-    "dcgan": Adaptation(steps=2400, batch_size=8, beta1=0.5, lam=2.5e-3)}
+    "dcgan": Adaptation(steps=2400, batch_size=8, lam=2.5e-3)}
 PRETRAIN = {
     "stylegan": Training(),
     "dcgan": Training(steps=40000, lr=2e-3, d_lr_ratio=1.0, beta1=0.5)}
@@ -476,9 +477,8 @@ class Equalized(nn.Module):
 class ModulatedConv(nn.Module):
     """x [N, I, H, W], w [N, w_dim] -> [N, O, H, W]: a convolution whose input channels are
     scaled by a style s(w), and whose output channels are divided by the norm of their scaled
-    weights (Karras et al. 2020).  To scale x, not each image's weights, is faster.
-    up: [N, O, 2H, 2W] by a 4x4 transposed convolution, which paints 4x4 pixels for each pixel
-    of x, and the sum of 2x2 pixels, which leaves no checkerboard."""
+    weights (Karras et al. 2020).  To scale x, not each image's weights, is faster.  up: doubles
+    H and W, with a transposed convolution; the sum of 2x2 pixels leaves no checkerboard."""
     def __init__(self, c_in, c_out, size, w_dim, demodulate=True, up=False):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, size, size))
@@ -493,8 +493,8 @@ class ModulatedConv(nn.Module):
         weight = self.weight * self.scale                                   # [O, I, k, k]
         x = x * s[:, :, None, None]
         if self.up:
-            x = nnF.conv_transpose2d(x, weight.transpose(0, 1), stride=2, padding=1,
-                                     output_padding=1)                  # [N, O, 2H + 1, 2W + 1]
+            weight_up = weight.transpose(0, 1)                              # [I, O, 4, 4]
+            x = nnF.conv_transpose2d(x, weight_up, stride=2, padding=1, output_padding=1)
             x = nnF.avg_pool2d(x, 2, stride=1, divisor_override=1)          # [N, O, 2H, 2W]
         else:
             x = nnF.conv2d(x, weight, padding="same")                       # [N, O, H, W]

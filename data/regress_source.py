@@ -3,7 +3,7 @@
     git show 2bb3dc7:ewc_gan.py > former_ewc_gan.py
     git show 2bb3dc7:data/source_stylegan.pt > former_stylegan.pt
     python data/regress_source.py former_stylegan.pt out/regressed.pt
-    python pretrain_source.py --init out/regressed.pt --steps 14000 --lr 2.5e-3 --out out/source.pt
+    python pretrain_source.py --init out/regressed.pt --steps 8000 --lr 2.5e-3 --out out/source.pt
 
 The former generator convolved with a 3x3 kernel and then enlarged its features bilinearly, and
 its image was the sum of one image of each resolution.  The present one has 4x4 transposed

@@ -94,7 +94,7 @@ class Adaptation(Training):
     cutout: float = option(0.5, "D sees images with a hole of this fraction of their width")
     r1_gamma: float = option(0.3, "weight of the R1 penalty on D")  # 1: more variety, less sharp
     beta1: float = 0.5              # momentum evens out batches of four images
-    method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 7000 (DCGAN: "
+    method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 9000 (DCGAN: "
                          "500); l2: each F_i is 1; finetune: no penalty; freezed: finetune with "
                          "D's lower layers frozen (Mo et al. 2020)",
                          choices=["ewc", "finetune", "l2", "freezed", "raw"])
@@ -158,8 +158,6 @@ def scaled_fisher(F, quantile=0.9):
 
     Why: the scale of F depends on how confident D is, and a few weights can have nearly all of
     the sum of F: in the StyleGAN mostly biases that set colours, which a new domain must change.
-    The price: a layer may store its weights ten times as large, and divide them by ten when it
-    uses them.  The penalty with F as measured is then the same; with a scaled F it is not.
     Raises UserError if the capped F is 0 everywhere."""
     values = F.cpu()                                                    # MPS has no kthvalue
     cap = values.kthvalue(math.ceil(quantile * len(values))).values
@@ -195,9 +193,8 @@ def d_r1_loss(D, real):
 
 # ---------- Training ------------------------------------------------------------------------
 class Trainer:
-    """The networks of one training, their optimisers, and its random number generator.  With F,
-    G is held back by settings.lam * ewc_penalty(G, theta_S, F).  Under torchrun each process
-    draws its share of the batch with a seed of its own, and gradients are averaged."""
+    """One training.  With F, G is held back by settings.lam * ewc_penalty(G, theta_S, F).
+    Under torchrun each process draws its share of the batch, and gradients are averaged."""
     def __init__(self, gan, settings, amp="off", theta_S=None, F=None):
         self.gan = gan
         self.settings = settings
@@ -493,8 +490,7 @@ class ModulatedConv(nn.Module):
         weight = self.weight * self.scale                                   # [O, I, k, k]
         x = x * s[:, :, None, None]
         if self.up:
-            weight_up = weight.transpose(0, 1)                              # [I, O, 4, 4]
-            x = nnF.conv_transpose2d(x, weight_up, stride=2, padding=1, output_padding=1)
+            x = nnF.conv_transpose2d(x, weight.transpose(0, 1), None, 2, 1, 1)  # stride 2
             x = nnF.avg_pool2d(x, 2, stride=1, divisor_override=1)          # [N, O, 2H, 2W]
         else:
             x = nnF.conv2d(x, weight, padding="same")                       # [N, O, H, W]
@@ -513,9 +509,7 @@ class StyleGANGenerator(nn.Module):
             Equalized(z_dim, z_dim, gain=math.sqrt(2), lr_multiplier=0.01) for _ in range(4))
         self.constant = nn.Parameter(torch.randn(1, channels[0], 4, 4))
         self.convs = nn.ModuleDict({"conv4": ModulatedConv(channels[0], channels[0], 3, z_dim)})
-        size = 4
-        for c_in, c_out in zip(channels, channels[1:]):
-            size *= 2
+        for size, c_in, c_out in zip([8, 16, 32, 64, 128, 256], channels, channels[1:]):
             self.convs[f"up{size}"] = ModulatedConv(c_in, c_out, 4, z_dim, up=True)
             self.convs[f"conv{size}"] = ModulatedConv(c_out, c_out, 3, z_dim)
         self.to_rgb = ModulatedConv(channels[-1], 3, 1, z_dim, demodulate=False)
@@ -592,14 +586,13 @@ class GAN(nn.Module):
     @torch.no_grad()
     def calibrate(self):
         """Measure G_ema's BatchNorm statistics over 4,096 z: those of G do not fit."""
-        for m in self.G_ema.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.reset_running_stats()
-                m.momentum = None                       # None: the plain mean of all batches
-        random = torch.Generator().manual_seed(0)
+        norms = [m for m in self.G_ema.modules() if isinstance(m, nn.BatchNorm2d)]
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None                           # None: the plain mean of all batches
         self.G_ema.train()
-        for _ in range(16 if self.arch == "dcgan" else 0):
-            self.G_ema(torch.randn(256, self.z_dim, generator=random).to(self.device))
+        for z in self.z(4096).split(256) if norms else []:
+            self.G_ema(z.to(self.device))
         self.G_ema.eval()
 
     def save(self, checkpoint, **extra):
@@ -724,9 +717,8 @@ def samples_picture(rows):
     width = 120 + max(picture.width for picture in pictures)
     sheet = Image.new("RGB", (width, height * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
     for i, (label, _) in enumerate(rows):
-        pen.text((110, (i + 0.5) * height), label, "black", font, anchor="rm")
+        pen.text((110, (i + 0.5) * height), label, "black", ImageFont.load_default(14), "rm")
         sheet.paste(pictures[i], (120, i * height))
     return sheet
 

@@ -316,6 +316,8 @@ def test_exercise_4_penalty_and_its_gradient_in_closed_form():
     (1e4 * penalty).backward()
     gradient = torch.cat([p.grad.flatten() for p in G.parameters()])
     close(gradient, 2e4 * F * moved, "its gradient is not 2 F (theta - theta_S)", rtol=2e-3)
+    small = ewc_penalty(G.float(), weights(G).detach() - 1e-4, F)
+    close(small, 1e-8 * F.sum(), "a small change of theta is rounded away", rtol=0.01, atol=0)
 
 def test_exercise_4_scaled_fisher_is_capped_and_has_mean_1():
     torch.manual_seed(0)

@@ -686,8 +686,8 @@ def test_the_main_job_and_what_it_leaves(tmp_path, monkeypatch, capsys):
     assert (out / "progress.png").exists()
     source = GAN.load(ewc_gan.SHIPPED / "source_stylegan.pt")
     gan = GAN.load(out / "adapted.pt")
-    before = source.generate(10)
-    after = gan.generate(10)
+    before = source.generate(10, ewc_gan.PICTURES)
+    after = gan.generate(10, ewc_gan.PICTURES)
     assert not torch.equal(before, after)
     rows = [("target", load_images(SHOTS, 64)), ("source", before), ("ewc", after)]
     assert np.array_equal(Image.open(out / "samples.png"), ewc_gan.samples_picture(rows))

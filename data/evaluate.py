@@ -35,8 +35,8 @@ from torchvision.transforms.functional import normalize
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from draw_faces import draw_faces, face_of  # noqa: E402
-from ewc_gan import (GAN, SHIPPED, Parser, UserError, clean_exit, image_grid,  # noqa: E402
-                     load_images, reading, to_float, write_table)
+from ewc_gan import (GAN, PICTURES, SHIPPED, Parser, UserError, clean_exit,  # noqa: E402
+                     image_grid, load_images, reading, to_float, write_table)
 
 # ---------- Measures ------------------------------------------------------------------------
 def frechet_distance(a, b):
@@ -138,7 +138,7 @@ def features_of(judge):
                 "factor": factor_features}[judge]
     if judge == "squeezenet":
         with reading("--features squeezenet (go online once, 5 MB)"):
-            net = squeezenet1_1(weights="DEFAULT", progress=False).eval()
+            net = squeezenet1_1(weights="DEFAULT").eval()
     else:
         net = GAN.load(SHIPPED / "source_dcgan.pt").D
 
@@ -268,7 +268,7 @@ def factors_picture(rows):
 
 def save_interpolation(path, source, gan):
     """A GIF that walks round a circle in z: the source above, the adapted GAN below."""
-    a, b = source.z(8).split(4)                                         # [4, z_dim] each
+    a, b = source.z(8, PICTURES).split(4)                               # [4, z_dim] each
     pictures = []
     for angle in torch.arange(32) * torch.pi / 16:
         z = angle.cos() * a + angle.sin() * b                           # as normal as a and b

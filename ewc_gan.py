@@ -43,7 +43,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 SHIPPED = Path(__file__).resolve().parent / "data"      # source_stylegan.pt, source_dcgan.pt
-PICTURES = 6            # seed of the z in all pictures, chosen for ten faces without a flaw
+PICTURES = 6            # seed of the z in all pictures, chosen for source faces with few flaws
 
 class UserError(ValueError):
     """Something that the user can fix: one line on stderr, and exit code 2."""
@@ -490,7 +490,7 @@ class ModulatedConv(nn.Module):
         weight = self.weight * self.scale                                   # [O, I, k, k]
         x = x * s[:, :, None, None]
         if self.up:
-            x = nnF.conv_transpose2d(x, weight.transpose(0, 1), None, 2, 1, 1)  # stride 2
+            x = nnF.conv_transpose2d(x, weight.transpose(0, 1), None, 2, 1, 1)  # 2H + 1
             x = nnF.avg_pool2d(x, 2, stride=1, divisor_override=1)          # [N, O, 2H, 2W]
         else:
             x = nnF.conv2d(x, weight, padding="same")                       # [N, O, H, W]

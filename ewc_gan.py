@@ -92,7 +92,7 @@ class Adaptation(Training):
     # These three keep D from learning ten images by heart; thousands do not need them
     d_lr_ratio: float = option(0.1, "D's learning rate over G's")
     shift: float = option(0.0625, "D sees images moved by up to this fraction of their width")
-    cutout: float = option(0.5, "D sees images with a hole of this fraction of their width")
+    cutout: float = option(0.25, "D sees images with a hole of this fraction of their width")
     r1_gamma: float = option(0.3, "weight of the R1 penalty on D")  # 1: more variety, less sharp
     beta1: float = 0.5              # momentum evens out batches of four images
     method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 9000 (DCGAN: "
@@ -108,7 +108,7 @@ class Adaptation(Training):
 
 ADAPT = {
     "stylegan": Adaptation(),
-    "dcgan": Adaptation(steps=2400, batch_size=8, lam=2.5e-3)}
+    "dcgan": Adaptation(steps=2400, batch_size=8, cutout=0.5, lam=2.5e-3)}
 PRETRAIN = {
     "stylegan": Training(),
     "dcgan": Training(steps=40000, lr=2e-3, d_lr_ratio=1.0, beta1=0.5)}
@@ -237,9 +237,9 @@ class Trainer:
             top, left = torch.randint(2 * far + 1, (2,), generator=self.random).tolist()
             x = nnF.pad(x, [far] * 4, "replicate")[:, :, top:top + size, left:left + size]
         if hole:
-            middle = torch.randint(size, (2,), generator=self.random)
-            top, left = (middle - hole // 2).clamp(min=0).tolist()
-            bottom, right = (middle - hole // 2 + hole).tolist()
+            corner = torch.randint(size, (2,), generator=self.random) - hole // 2
+            top, left = corner.clamp(min=0).tolist()
+            bottom, right = (corner + hole).tolist()
             x = x.clone()
             x[:, :, top:bottom, left:right] = 0
         return x
@@ -454,8 +454,7 @@ class DCGANGenerator(nn.Sequential):
 
     def forward(self, z):
         x = super().forward(z[:, :, None, None])                        # [N, 3, R + 1, R + 1]
-        x = nnF.avg_pool2d(x, 2, stride=1)      # the mean of 2x2 pixels leaves no checkerboard
-        return torch.tanh(x)
+        return torch.tanh(nnF.avg_pool2d(x, 2, stride=1))       # a mean leaves no checkerboard
 
 class Equalized(nn.Module):
     """A linear layer with equalised learning rate: its weights are stored as
@@ -474,9 +473,9 @@ class Equalized(nn.Module):
 class ModulatedConv(nn.Module):
     """x [N, I, H, W], w [N, w_dim] -> [N, O, H, W]: a convolution whose input channels are
     scaled by a style s(w), and whose output channels are divided by the norm of their scaled
-    weights (Karras et al. 2020).  To scale x, not each image's weights, is faster.  up: doubles
-    H and W, with a transposed convolution; the sum of 2x2 pixels leaves no checkerboard."""
-    def __init__(self, c_in, c_out, size, w_dim, demodulate=True, up=False):
+    weights (Karras et al. 2020).  To scale x, not each image's weights, is faster.  up doubles
+    H and W with a transposed convolution; if "smooth", a mean removes its checkerboard."""
+    def __init__(self, c_in, c_out, size, w_dim, demodulate=True, up=None):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, size, size))
         self.bias = nn.Parameter(torch.zeros(c_out))
@@ -490,8 +489,8 @@ class ModulatedConv(nn.Module):
         weight = self.weight * self.scale                                   # [O, I, k, k]
         x = x * s[:, :, None, None]
         if self.up:
-            x = nnF.conv_transpose2d(x, weight.transpose(0, 1), None, 2, 1, 1)  # 2H + 1
-            x = nnF.avg_pool2d(x, 2, stride=1, divisor_override=1)          # [N, O, 2H, 2W]
+            x = nnF.conv_transpose2d(2 * x, weight.transpose(0, 1), None, 2, 1)     # 2H + 1
+            x = nnF.avg_pool2d(2 * x, 2, 1) if self.up == "smooth" else x[:, :, 1:, 1:]
         else:
             x = nnF.conv2d(x, weight, padding="same")                       # [N, O, H, W]
         if self.demodulate:
@@ -510,8 +509,9 @@ class StyleGANGenerator(nn.Module):
         self.constant = nn.Parameter(torch.randn(1, channels[0], 4, 4))
         self.convs = nn.ModuleDict({"conv4": ModulatedConv(channels[0], channels[0], 3, z_dim)})
         for size, c_in, c_out in zip([8, 16, 32, 64, 128, 256], channels, channels[1:]):
-            self.convs[f"up{size}"] = ModulatedConv(c_in, c_out, 4, z_dim, up=True)
+            self.convs[f"up{size}"] = ModulatedConv(c_in, c_out, 5, z_dim, up="free")
             self.convs[f"conv{size}"] = ModulatedConv(c_out, c_out, 3, z_dim)
+        self.convs[f"up{size}"].up = "smooth"       # not all: free ones can draw hatching
         self.to_rgb = ModulatedConv(channels[-1], 3, 1, z_dim, demodulate=False)
 
     def forward(self, z):

@@ -417,9 +417,19 @@ def test_modulated_convolution_by_its_definition():
         weight = layer.weight * style[:, None, None]    # of this image
         weight = 2**0.5 * nnF.normalize(weight.flatten(1)).view_as(weight)
         close(output, nnF.conv2d(image, weight, padding=1), "modulated convolution", atol=1e-5)
-    flat = ewc_gan.ModulatedConv(5, 7, 4, 4, up=True)(torch.ones(3, 5, 8, 8), w)
+    layer = ewc_gan.ModulatedConv(5, 7, 5, 4, up="free")
+    styles = 1 + w @ layer.style.weight.T / 2
+    for image, style, output in zip(x, styles, layer(x, w)):
+        weight = layer.weight * style[:, None, None]
+        weight = 2 * 2**0.5 * nnF.normalize(weight.flatten(1)).view_as(weight)
+        apart = torch.zeros(5, 16, 16)
+        apart[:, ::2, ::2] = image                      # a transposed convolution by another way
+        turned = weight.flip(2, 3)
+        close(output, nnF.conv2d(apart, turned, padding=2), "up", atol=1e-5)
+    layer.up = "smooth"
+    flat = layer(torch.ones(3, 5, 8, 8), w)
     assert flat.shape == (3, 7, 16, 16)
-    middle = flat[:, :, 1:-2, 1:-2]                     # no checkerboard
+    middle = flat[:, :, 2:-2, 2:-2]                     # no checkerboard
     close(middle, middle[:, :, :1, :1].expand_as(middle), "flat x becomes flat", atol=1e-5)
 
 # ---------- Training and adaptation; the loop written by hand is in the last section --------

@@ -95,7 +95,7 @@ class Adaptation(Training):
     cutout: float = option(0.25, "D sees images with a hole of this fraction of their width")
     r1_gamma: float = option(0.3, "weight of the R1 penalty on D")  # 1: more variety, less sharp
     beta1: float = 0.5              # momentum evens out batches of four images
-    method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 9000 (DCGAN: "
+    method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 20000 (DCGAN: "
                          "500); l2: each F_i is 1; finetune: no penalty; freezed: finetune with "
                          "D's lower layers frozen (Mo et al. 2020)",
                          choices=["ewc", "finetune", "l2", "freezed", "raw"])

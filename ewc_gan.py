@@ -93,7 +93,7 @@ class Adaptation(Training):
     d_lr_ratio: float = option(0.1, "D's learning rate over G's")
     shift: float = option(0.0625, "D sees images moved by up to this fraction of their width")
     cutout: float = option(0.25, "D sees images with a hole of this fraction of their width")
-    r1_gamma: float = option(0.3, "weight of the R1 penalty on D")  # 1: more variety, less sharp
+    r1_gamma: float = option(0.3, "weight of the R1 penalty on D")
     beta1: float = 0.5              # momentum evens out batches of four images
     method: str = option("ewc", "ewc; raw: ewc with F as measured, for lambda about 20000 (DCGAN: "
                          "500); l2: each F_i is 1; finetune: no penalty; freezed: finetune with "
